@@ -1,0 +1,123 @@
+"""Text from a trained run; on a terminal each token is coloured by the expert that a mixture sends it to.
+
+    python sample.py                                                the run under out/ with the newest checkpoint
+    python sample.py --init_from=out/tiny --prompt=def --layer=1    a run, how the text begins, the mixture that colours
+"""
+
+import codecs
+import glob
+import os
+import signal
+import sys
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from config import configure, die
+from model import GPT
+from prepare import get_encoding
+from train import load_run, pick_device
+
+COLOURS = (110, 214, 150, 204, 222, 140, 80, 180, 113, 209, 75, 217, 186, 103, 173, 152)      # of xterm's 256
+
+
+@dataclass(frozen=True)
+class Config:
+    init_from: str = ''         # a run's folder; '' is the run under out/ with the newest checkpoint
+    prompt: str = '\n'          # how each sample begins; '' begins a document
+    num_samples: int = 3        # samples, made side by side
+    max_new_tokens: int = 300   # tokens in each, besides the prompt
+    temperature: float = 0.8    # 0 always takes the likeliest token, 1 samples as the model says
+    top_k: int = 50             # only among this many likeliest tokens; 0 is among all
+    seed: int = 0               # of the sampling
+    layer: int = -1             # the mixture whose experts give the colours; -1 is the last
+    color: str = ''             # always or never; '' is on a terminal, unless NO_COLOR is set
+    device: str = ''            # cuda, mps, cpu ...; '' is the first of these that is there
+
+    def __post_init__(self):
+        for name, low in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0, layer=-1).items():
+            if not low <= getattr(self, name) < 2**31:
+                raise ValueError(f'{name} must be at least {low} and below {2**31}, not {getattr(self, name)}')
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f'temperature must be 0 or at least 0.001, not {self.temperature}')
+        if self.color not in ('', 'always', 'never'):
+            raise ValueError(f'color must be always or never, not {self.color!r}')
+
+
+def newest_run() -> str:
+    """The folder under out/ with the newest checkpoint."""
+    files = glob.glob('out/*/best.pt') + glob.glob('out/*/ckpt.pt')
+    if not files:
+        die('there is no run under out/ yet; python train.py config/tiny_dense.py trains one')
+    return os.path.dirname(max(files, key=os.path.getmtime))
+
+
+@torch.no_grad()
+def expert_of_each(model: GPT, idx: torch.Tensor, layer: int) -> list[int]:
+    """The first expert that the layer's mixture chooses for each token of idx (T,), a block_size at a time."""
+    experts = []
+    for part in idx.split(model.block_size):
+        _, _, routing = model(part[None])
+        experts += routing[layer].experts[:, 0].tolist()
+    return experts
+
+
+def whole_characters(pieces: list[bytes]) -> list[str]:
+    """Each token's bytes as text: a character that several tokens share comes with the last of them.
+
+    What a terminal would obey or not show is written out as \\x1b and the like.
+    """
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    texts = [decoder.decode(piece) for piece in pieces]
+    texts[-1] += decoder.decode(b'', final=True)
+    return [''.join(c if c in '\n\t' or unicodedata.category(c)[0] != 'C' else c.encode('unicode_escape').decode()
+                    for c in text) for text in texts]
+
+
+def paint(text: str, expert: int) -> str:
+    """text on the expert's colour, which ends before each newline lest it run on to the screen's edge."""
+    start, end = f'\x1b[30;48;5;{COLOURS[expert % len(COLOURS)]}m', '\x1b[0m'
+    return '\n'.join(start + line + end if line else '' for line in text.split('\n'))
+
+
+def sample(cfg: Config) -> None:
+    """Prints cfg.num_samples texts."""
+    folder = cfg.init_from or newest_run()
+    model, saved, path = load_run(folder)
+    encoding = get_encoding(saved['data']['encoding'])
+    mixtures = saved['config']['moe_layers']
+    layer = mixtures[-1] if cfg.layer < 0 and mixtures else cfg.layer
+    if layer >= 0 and layer not in mixtures:
+        die(f'layer {layer} of {folder} is no mixture; its mixtures are {list(mixtures) or "none"}')
+    coloured = layer >= 0 and (cfg.color == 'always' or cfg.color == '' and sys.stdout.isatty()
+                               and not os.environ.get('NO_COLOR'))
+    device = pick_device(cfg.device)
+    model.to(device).eval()
+
+    prompt = encoding.encode(cfg.prompt, allowed_special='all')
+    if len(prompt) > model.block_size:
+        die(f'the prompt has {len(prompt)} tokens, {folder} takes at most {model.block_size}; shorten it')
+    print(f'{path}, step {saved["step"]}', file=sys.stderr)
+    idx = torch.tensor([prompt or [encoding.eot_token]] * cfg.num_samples, device=device)
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    idx = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, generator)
+
+    begin = 0 if prompt else 1                                  # the end-of-text that began a document is not text
+    texts = [whole_characters([encoding.decode_single_token_bytes(t) for t in row[begin:].tolist()]) for row in idx]
+    if coloured:
+        experts = [expert_of_each(model, row, layer)[begin:] for row in idx]
+        counts = Counter(e for row in experts for e in row)
+        print(f'layer {layer}, tokens by expert:',
+              *(paint(f' {i}: {counts[i] / counts.total():.0%} ', i) for i in range(saved['config']['n_experts'])))
+        texts = [map(paint, *pair) for pair in zip(texts, experts)]
+    for text in texts:
+        print('-' * 80, ''.join(text), sep='\n')
+
+
+if __name__ == '__main__':
+    for number in (signal.SIGINT, signal.SIGPIPE):              # Ctrl-C, or sample.py | head: just leave
+        signal.signal(number, signal.SIG_DFL)
+    sys.stdout.reconfigure(errors='backslashreplace')
+    sample(configure(Config, sys.argv[1:])[0])

@@ -1,0 +1,264 @@
+"""The model and its mixture against other ways to compute the same."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import GPT, MLP, GPTConfig, MoE, Routing, expert_counts, load_balance_loss, z_loss
+
+TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=2, n_embd=16, moe_layers=(0, 2), n_experts=4)
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(31, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def new(config, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return GPT(config).to(dtype)
+
+
+def where_loop(moe, x, weights, experts):
+    """mistral-inference's dispatch (moe.py): one torch.where per expert."""
+    y = torch.zeros_like(x)
+    for i, expert in enumerate(moe.experts):
+        token, slot = torch.where(experts == i)
+        y[token] += weights[token, slot, None] * expert(x[token])
+    return y
+
+
+def run_all(moe, x, weights, experts):
+    """Every expert on every token, all but the chosen masked out."""
+    gate = (F.one_hot(experts, len(moe.experts)) * weights[..., None]).sum(dim=1)                # (N, E)
+    return torch.einsum('ne,enc->nc', gate, torch.stack([expert(x) for expert in moe.experts]))
+
+
+@pytest.mark.parametrize('reference', [where_loop, run_all])
+@pytest.mark.parametrize('k', [1, 2, 4])
+@pytest.mark.parametrize('idle', [False, True])
+def test_the_loop_over_sorted_tokens_equals_other_dispatches_in_outputs_and_all_gradients(reference, k, idle):
+    torch.manual_seed(0)
+    moe = MoE(replace(TINY, experts_per_token=k, n_experts=5)).double()
+    x = torch.randn(3, 7, 16, dtype=torch.float64)
+    x[..., 0] = 1
+    if idle:
+        moe.router.weight.data[3, 0] = -100
+    x.requires_grad_()
+    y, routing = moe(x)
+    top, experts = moe.router(x.view(21, 16)).topk(k)
+    p = moe.router(x.view(21, 16)).softmax(dim=-1).gather(1, experts)
+    weights = torch.ones_like(p) + p - p.detach() if k == 1 else top.softmax(dim=-1)              # Mistral's, for k > 1
+    expected = reference(moe, x.view(21, 16), weights, experts).view_as(x)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    assert expert_counts(routing).tolist() == [(experts == i).sum() for i in range(5)]
+    assert (expert_counts(routing)[3] == 0) == idle
+
+    everything = [x, *moe.parameters()]
+    up = torch.randn_like(y)
+    ours = torch.autograd.grad(y, everything, up, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(expected, everything, up, allow_unused=True)
+    for p, mine, other in zip(everything, ours, theirs):
+        if mine is None:                                        # an idle expert is skipped: no gradient at all
+            assert idle and any(p is q for q in moe.experts[3].parameters())
+            mine = torch.zeros_like(p)
+        torch.testing.assert_close(mine, torch.zeros_like(p) if other is None else other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize('k', [1, 2, 4])
+def test_upcycled_logits_equal_dense_logits(k):
+    dense = new(replace(TINY, moe_layers=()), dtype=torch.float32)
+    for p in dense.parameters():
+        p.data += 0.1 * torch.randn_like(p)                     # biases that are not 0, activations that are not small
+    child = new(replace(TINY, experts_per_token=k), seed=1, dtype=torch.float32)
+    child.load_weights(dense.state_dict(), expert_noise=0.0)
+    expected, logits = dense(tokens(4, 16))[0], child(tokens(4, 16))[0]
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
+    assert expected.abs().max() > 1
+
+
+def test_upcycling_adds_noise_relative_to_each_tensor_and_a_shorter_context_is_cropped():
+    dense, child = new(replace(TINY, moe_layers=())), new(replace(TINY, block_size=9), seed=1)
+    child.load_weights(dense.state_dict(), expert_noise=0.01)
+    assert torch.equal(child.wpe.weight, dense.wpe.weight[:9])
+    parent = dense.h[2].mlp.c_fc.weight
+    noise = torch.stack([expert.c_fc.weight - parent for expert in child.h[2].mlp.experts])
+    assert noise.std().item() == pytest.approx(0.01 * parent.std().item(), rel=0.05)
+    assert len({expert.c_fc.weight[0, 0].item() for expert in child.h[2].mlp.experts}) == 4
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda w: w.pop('h.1.mlp.c_fc.weight'), 'h.1.mlp.c_fc.weight is missing'),
+    (lambda w: w.pop('h.0.mlp.c_fc.bias'), 'h.0.mlp.experts.0.c_fc.bias is missing'),
+    (lambda w: w.pop('h.0.mlp.c_fc.weight'), 'h.0.mlp.router.weight is missing'),
+    (lambda w: w.update(extra=torch.zeros(1)), 'extra has no place'),
+    (lambda w: w.update({'wpe.weight': torch.zeros(8, 16)}), r'wpe.weight should have shape \(16, 16\)'),
+    (lambda w: w.update({'ln_f.bias': torch.zeros(17)}), 'ln_f.bias should have shape')])
+def test_weights_that_do_not_fit_are_refused_by_name(change, message):
+    weights = new(replace(TINY, moe_layers=())).state_dict()
+    change(weights)
+    with pytest.raises(ValueError, match=message):
+        new(TINY).load_weights(weights)
+
+
+@pytest.mark.parametrize('k, expert_noise', [(1, 0.0), (2, 1e-2)])
+def test_the_lm_loss_alone_gives_the_router_a_gradient(k, expert_noise):
+    child = new(replace(TINY, experts_per_token=k))
+    child.load_weights(new(replace(TINY, moe_layers=())).state_dict(), expert_noise)
+    child(tokens(2, 16), tokens(2, 16, seed=1))[1].backward()
+    assert child.h[0].mlp.router.weight.grad.abs().max() > 1e-6
+
+
+def test_a_single_weight_is_exactly_one():
+    _, routing = MoE(TINY)(torch.randn(2, 8, 16))
+    assert torch.equal(routing.weights, torch.ones(16, 1))
+
+
+def routing_of(probs, k):
+    probs = torch.tensor(probs, requires_grad=True)
+    weights, experts = probs.topk(k)
+    return Routing(probs.log(), probs, weights, experts)
+
+
+@pytest.mark.parametrize('probs, k, expected', [
+    ([[.7, .1, .1, .1], [.1, .7, .1, .1], [.1, .1, .7, .1], [.1, .1, .1, .7]], 1, 1),             # balance
+    ([[.4, .4, .1, .1], [.1, .4, .4, .1], [.1, .1, .4, .4], [.4, .1, .1, .4]], 2, 1),
+    ([[.3, .3, .3, .1], [.1, .3, .3, .3], [.3, .1, .3, .3], [.3, .3, .1, .3]], 3, 1),
+    ([[1., 0, 0, 0]] * 3, 1, 4),                                                                  # collapse: E / k
+    ([[.5, .5, 0, 0]] * 3, 2, 2),
+    ([[.26, .25, .25, .24]] * 3, 1, 1.04)])                                     # collapse that the loss hardly shows
+def test_balance_loss(probs, k, expected):
+    routing = routing_of(probs, k)
+    assert load_balance_loss(routing).item() == pytest.approx(expected, rel=1e-6)
+    assert torch.autograd.grad(load_balance_loss(routing), routing.probs)[0].abs().max() > 0
+
+
+def test_imbalances_of_two_layers_do_not_cancel():
+    opposite = [routing_of([p] * 4, 1) for p in ([1., 0.], [0., 1.])]
+    assert sum(map(load_balance_loss, opposite)) / 2 == 2
+
+
+def test_z_loss():
+    logits = torch.tensor([[0., 0.], [math.log(3), 0.]])
+    assert z_loss(Routing(logits, None, None, None)).item() == pytest.approx((math.log(2)**2 + math.log(4)**2) / 2)
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_later_tokens_and_other_rows_change_nothing(k):
+    model, idx = new(replace(TINY, experts_per_token=k)).eval(), tokens(3, 16)
+    changed = idx.clone()
+    changed[0, 9:] = (changed[0, 9:] + 1) % 31
+    before, after = model(idx)[0], model(changed)[0]
+    torch.testing.assert_close(after[0, :9], before[0, :9], rtol=0, atol=1e-12)
+    torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(idx[:1, :5])[0], before[:1, :5], rtol=0, atol=1e-12)
+    assert (after[0, 9:] - before[0, 9:]).abs().max() > 1e-3
+
+
+def test_noise_moves_the_choice_but_not_the_logged_logits_and_is_off_unless_given():
+    moe, x = MoE(TINY), torch.randn(2, 8, 16)
+    _, clean = moe(x)
+    _, noisy = moe(x, noise=1.0)
+    assert torch.equal(clean.logits, noisy.logits) and not torch.equal(clean.probs, noisy.probs)
+    assert torch.equal(clean.probs, clean.logits.softmax(dim=-1))
+    model = new(replace(TINY, dropout=0.5)).eval()
+    assert torch.equal(model(tokens(2, 16))[0], model(tokens(2, 16))[0])
+
+
+def test_generate_is_the_plain_loop_and_leaves_training_untouched():
+    model, idx = new(replace(TINY, dropout=0.5)).train(), tokens(2, 3)
+    state = torch.get_rng_state()
+    out = model.generate(idx, 20, temperature=0)
+    sampled = model.generate(idx, 20, top_k=5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert torch.equal(model.generate(idx, 20, top_k=1, generator=torch.Generator()), out)
+    model.eval()
+    for i in range(3, 23):
+        last = model(sampled[:, max(0, i - 16):i])[0][:, -1]
+        assert all(sampled[b, i] in last[b].topk(5).indices for b in range(2))
+        assert torch.equal(out[:, i], model(out[:, max(0, i - 16):i])[0][:, -1].argmax(dim=-1))
+
+
+def test_losses_are_those_of_the_written_out_formula():
+    model, idx, targets = new(TINY), tokens(2, 16), tokens(2, 16, seed=1)
+    logits, losses, _ = model(idx, targets, reduction='none')
+    expected = logits.logsumexp(dim=-1) - logits.gather(2, targets[..., None])[..., 0]
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(model(idx, targets)[1], expected.mean())
+    assert model(idx)[1] is None and list(model(idx)[2]) == [0, 2]
+    assert new(replace(TINY, moe_layers=()))(idx)[2] == {}
+
+
+def test_the_mlp_uses_the_tanh_gelu_of_gpt2():
+    mlp, x = MLP(TINY), torch.randn(5, 16)
+    h = mlp.c_fc(x)
+    h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    torch.testing.assert_close(mlp(x), mlp.c_proj(h))
+
+
+def test_one_expert_trains_like_the_dense_model():
+    dense, single = new(replace(TINY, moe_layers=())), new(replace(TINY, n_experts=1), seed=1)
+    single.load_weights(dense.state_dict())
+    optimizers = [torch.optim.AdamW(m.parameter_groups(0.1), lr=1e-2) for m in (dense, single)]
+    for step in range(3):
+        losses = []
+        for model, optimizer in zip((dense, single), optimizers):
+            losses.append(model(tokens(2, 16, seed=step), tokens(2, 16, seed=step + 9))[1])
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
+    weights = single.state_dict()
+    for name, p in dense.named_parameters():
+        other = weights.get(name, weights.get(name.replace('mlp.', 'mlp.experts.0.')))
+        torch.testing.assert_close(other, p.data, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize('moe_layers, k, total, active', [
+    ((), 1, 124_439_808, 124_439_808),
+    ((8, 9, 10, 11), 1, 256_692_480, 124_464_384),
+    ((8, 9, 10, 11), 2, 256_692_480, 143_354_112)])
+def test_parameter_counts_of_gpt2_small(moe_layers, k, total, active):
+    with torch.device('meta'):
+        assert GPT(GPTConfig(moe_layers=moe_layers, experts_per_token=k)).count_parameters() == (total, active)
+
+
+def test_every_parameter_is_in_one_optimizer_group():
+    model = new(TINY)
+    decayed, rest = ([id(p) for p in group['params']] for group in model.parameter_groups(0.1))
+    assert sorted(decayed + rest) == sorted(map(id, model.parameters()))
+    kinds = {id(m.weight): type(m) for m in model.modules() if hasattr(m, 'weight')}
+    routers = {id(model.h[i].mlp.router.weight) for i in (0, 2)}
+    expected = {i for i, kind in kinds.items() if kind in (torch.nn.Linear, torch.nn.Embedding)} - routers
+    assert set(decayed) == expected
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(n_head=3), 'n_head must divide n_embd=16'),
+    (dict(moe_layers=(3,)), 'moe_layers must be different numbers from 0 to 2'),
+    (dict(moe_layers=(1, 1)), 'moe_layers'),
+    (dict(experts_per_token=5), 'experts_per_token must be at most n_experts=4')])
+def test_configs_that_do_not_fit_together_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(replace(TINY, **change))
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or torch.backends.mps.is_available()), reason='no accelerator here')
+def test_an_accelerator_computes_what_the_cpu_does():
+    device = 'cuda' if torch.cuda.is_available() else 'mps'
+    here, there = (new(replace(TINY, experts_per_token=2), dtype=torch.float32) for _ in range(2))
+    there.to(device)
+    optimizers = [torch.optim.AdamW(m.parameter_groups(0.1), lr=1e-3) for m in (here, there)]
+    for step in range(5):
+        results = []
+        for model, where, optimizer in zip((here, there), ('cpu', device), optimizers):
+            idx, targets = tokens(4, 16, seed=step).to(where), tokens(4, 16, seed=step + 9).to(where)
+            logits, loss, _ = model(idx, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            results.append([logits, loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+            optimizer.step()
+        for mine, other in zip(*results, strict=True):
+            torch.testing.assert_close(other.cpu(), mine, rtol=1e-3, atol=1e-5)
