@@ -158,13 +158,26 @@ def test_later_tokens_and_other_rows_change_nothing(k):
 
 
 def test_noise_moves_the_choice_but_not_the_logged_logits_and_is_off_unless_given():
+    torch.manual_seed(0)
     moe, x = MoE(TINY), torch.randn(2, 8, 16)
     _, clean = moe(x)
+    torch.manual_seed(1)
+    _, noisy = moe(x, noise=0.3)
+    torch.manual_seed(1)
+    expected = (clean.logits + 0.3 * torch.randn_like(clean.logits)).softmax(dim=-1)
+    assert torch.equal(noisy.probs, expected) and torch.equal(noisy.experts, expected.topk(1).indices)
+    assert not torch.equal(noisy.experts, clean.experts)
     _, noisy = moe(x, noise=1.0)
     assert torch.equal(clean.logits, noisy.logits) and not torch.equal(clean.probs, noisy.probs)
     assert torch.equal(clean.probs, clean.logits.softmax(dim=-1))
     model = new(replace(TINY, dropout=0.5)).eval()
     assert torch.equal(model(tokens(2, 16))[0], model(tokens(2, 16))[0])
+
+
+def test_initial_weights_have_gpt2s_spread():
+    for name, p in new(replace(TINY, n_embd=64)).named_parameters():
+        std = 0.02 / math.sqrt(6) if name.endswith('c_proj.weight') else 0.02 if p.dim() == 2 else 0
+        assert p.std().item() == pytest.approx(std, rel=0.2), name
 
 
 def test_generate_is_the_plain_loop_and_leaves_training_untouched():

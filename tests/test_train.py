@@ -261,6 +261,8 @@ def test_a_mixture_gives_its_experts_to_its_child(cfg, tmp_path):
     (dict(learning_rate=1.0), 'learning_rate=0.01, now 1.0); name another --out_dir'),
     (dict(max_steps=9), 'max_steps=8, now 9); name another --out_dir, or go on with --resume=True'),
     (dict(resume=True, seed=1), 'seed=0, now 1'),
+    (dict(resume=True, learning_rate=1.0), 'learning_rate=0.01, now 1.0); name another'),
+    (dict(resume=True, eval_windows=5), 'eval_windows=4, now 5'),
     (dict(resume=True, batch_size=1), 'batch_size=2, now 1'),
     (dict(resume=True, max_steps=4), 'is at step 8 already'),
     (dict(n_embd=32), 'n_embd=16, now 32')])
@@ -293,6 +295,10 @@ def newer_format(cfg):
 def empty_ckpt(cfg):
     train.train(cfg)
     Path(cfg.out_dir, 'ckpt.pt').write_bytes(b'')
+
+
+def hostile_ckpt(cfg):
+    other_shape(cfg, lambda saved: saved.update(extra=Path('x')))          # a class of its own: code on loading
 
 
 def best_as_ckpt(cfg):
@@ -361,6 +367,7 @@ def file_in_the_way(cfg):
     (damage_ckpt, {}, 'ckpt.pt cannot be read as a checkpoint'),
     (newer_format, {}, 'has format 2, newer than this code'),
     (empty_ckpt, {}, 'ckpt.pt cannot be read as a checkpoint (EOFError'),
+    (hostile_ckpt, {}, 'cannot be read as a checkpoint'),
     (best_as_ckpt, {}, 'it holds no best'),
     (damage_log, {}, 'log.jsonl is damaged'),
     (other_optimizer, {}, 'holds another optimizer'),
