@@ -1,14 +1,18 @@
 """GPT-2 whose chosen MLP blocks are mixtures of experts.
 
-Read from top to bottom: the config, GPT-2's two kinds of layer, the mixture and its losses, the model around them.
+Read from top to bottom: the config, GPT-2's two kinds of layer, the mixture and its losses, the file that GPT-2's
+weights come in, the model around it all.
 
 Legend: B batch, T time, C channels (n_embd), H heads, V vocab_size,
         N = B*T tokens, E experts (n_experts), k experts per token (experts_per_token).
 """
 
+import json
 import math
+import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -167,6 +171,96 @@ def z_loss(routing: Routing) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's weights
+
+HUB = 'https://huggingface.co/openai-community'
+PRETRAINED = {              # revision, and the sha256 of its model.safetensors where it is known
+    'gpt2': ('607a30d783dfa663caf39e06633721c8d4cfcd7e',
+             '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'),
+    'gpt2-medium': ('6dcaa7a952f72f9298047fd5137cd6e4f05f41da', None),
+    'gpt2-large': ('32b71b12589c2f8d625668d2335a01cac3249519', None),
+    'gpt2-xl': ('15ea56dee5df4983c59b2538573817e1667135e2',
+                '0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a')}
+
+
+class Safetensors(Mapping):
+    """GPT-2's weights in a .safetensors file: {name: tensor}, each read from the file when it is asked for.
+
+    The file is 8 bytes that say how long the header is, the header in JSON, and the tensors in it without a gap
+    (github.com/huggingface/safetensors). Raises ValueError, naming file and tensor, for anything else.
+    """
+    DTYPES = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+
+    def __init__(self, path: str):
+        self.path, self.places = path, {}
+        size = os.path.getsize(path)
+        try:
+            with open(path, 'rb') as f:
+                n = int.from_bytes(f.read(8), 'little')
+                if not 2 <= n <= min(size - 8, 100_000_000):
+                    raise ValueError(f'its header cannot have {n} bytes')
+                header = json.loads(f.read(n))
+            header.pop('__metadata__', None)
+            end = 8 + n
+            for name, entry in sorted(header.items(), key=lambda item: item[1]['data_offsets']):
+                dtype, shape, (first, last) = self.DTYPES.get(entry['dtype']), entry['shape'], entry['data_offsets']
+                if dtype is None or not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+                    raise ValueError(f'{name} has dtype {entry["dtype"]} and shape {shape}')
+                if 8 + n + first != end or last - first != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f'{name} of shape {shape} cannot be bytes {first} to {last}')
+                begin, end, name = end, 8 + n + last, name.removeprefix('transformer.')
+                if name in self.places:
+                    raise ValueError(f'{name} is there twice')
+                if not re.search(r'\.attn\.(masked_)?bias$', name):             # causal masks, not weights
+                    self.places[name] = dtype, shape, begin
+            if end != size:
+                raise ValueError(f'it has {size:,} bytes, its header speaks of {end:,}')
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f'{path} is not a whole .safetensors file of weights: {error!r:.200}') from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape, begin = self.places[name]
+        tensor = torch.empty(shape, dtype=dtype)                # a buffer of its own: in the file it is unaligned
+        with open(self.path, 'rb') as f:
+            f.seek(begin)
+            if f.readinto(tensor.flatten().view(torch.uint8).numpy()) != tensor.nbytes:
+                raise ValueError(f'{self.path} ends within {name}')
+        # GPT-2 keeps these as (in, out), nn.Linear as (out, in); attn.c_proj is square, so no shape would tell
+        return tensor.t() if re.search(r'\.(c_attn|c_proj|c_fc)\.weight$', name) else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def pretrained_path(name: str) -> str:
+    """The file of GPT-2's weights of that name, in torch.hub's cache: where it is, or will be once downloaded."""
+    return os.path.join(torch.hub.get_dir(), 'checkpoints', f'{name}-{PRETRAINED[name][0][:8]}.safetensors')
+
+
+def download(name: str) -> str:
+    """Fetches GPT-2's weights unless they are there. Raises OSError, with what to fetch by hand, and leaves nothing."""
+    path, (revision, sha256) = pretrained_path(name), PRETRAINED[name]
+    url, timeout = f'{HUB}/{name}/resolve/{revision}/model.safetensors', socket.getdefaulttimeout()
+    if not os.path.exists(path):
+        socket.setdefaulttimeout(20)                            # behind a silent firewall it would wait for ever
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path + '.part', hash_prefix=sha256)
+            Safetensors(path + '.part')                         # where no hash is known: a connection may end early
+            os.replace(path + '.part', path)
+        except (OSError, RuntimeError, ValueError) as error:    # RuntimeError: another hash
+            if os.path.exists(path + '.part'):
+                os.remove(path + '.part')
+            raise OSError(f'{url} could not be fetched to {path} ({error})') from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the model
 
 class Block(nn.Module):
@@ -197,7 +291,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         config.check()
-        self.block_size, self.n_layer = config.block_size, config.n_layer
+        self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)       # tokens; its transpose is the output layer
         self.wpe = nn.Embedding(config.block_size, config.n_embd)       # positions
         self.drop = nn.Dropout(config.dropout)
@@ -206,7 +300,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:                                            # embeddings, matrices and routers
                 # what is added to the residual stream is scaled by the number of additions (GPT-2 paper, 2.3)
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.n_layer) if name.endswith('c_proj.weight') else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if name.endswith('c_proj.weight') else 0.02)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
@@ -217,7 +311,7 @@ class GPT(nn.Module):
         The loss is in nats per token, (B, T) with reduction='none', None without targets; routing is {} when dense.
         """
         B, T = idx.shape
-        assert T <= self.block_size, f'{T} tokens do not fit block_size {self.block_size}'
+        assert T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
         x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))     # (B, T, C)
         routing = {}
         for i, block in enumerate(self.h):
@@ -230,6 +324,34 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
             loss = loss.view(B, T) if reduction == 'none' else loss
         return logits, loss, routing
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str, expert_noise: float = 0.0, **overrides) -> 'GPT':
+        """GPT-2 as it was trained: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a .safetensors file in GPT-2's naming.
+
+        overrides: n_head (otherwise n_embd // 64), dropout, block_size (shorter: crops), and, to upcycle it in the same
+        breath, moe_layers, n_experts, experts_per_token. Raises OSError if the file cannot be had, ValueError if it is
+        malformed or does not fit.
+        """
+        if not overrides.get('moe_layers') and (expert_noise or {'n_experts', 'experts_per_token'} & set(overrides)):
+            raise ValueError('without moe_layers there are no experts; name the layers to upcycle')
+        path = download(name_or_path) if name_or_path in PRETRAINED else name_or_path
+        weights = Safetensors(path)
+        try:
+            (vocab_size, n_embd), (block_size, _) = (weights.places[name][1] for name in ('wte.weight', 'wpe.weight'))
+            n_layer = len({name.split('.')[1] for name in weights if name.startswith('h.')})
+            shape = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd)
+            config = GPTConfig(**{**shape, 'n_head': n_embd // 64, **overrides})
+            if config.block_size > block_size:
+                raise ValueError(f'block_size must be at most {block_size}, not {config.block_size}')
+            if 'lm_head.weight' in weights and torch.equal(weights['lm_head.weight'], weights['wte.weight']):
+                del weights.places['lm_head.weight']            # the tied output layer, written out once more
+            model = cls.empty(config)
+            model.load_weights(weights, expert_noise)
+            return model
+        except (KeyError, ValueError) as error:
+            why = f'{error} is missing' if isinstance(error, KeyError) else error
+            raise ValueError(f'{path} cannot become this GPT-2: {why}') from error
 
     @classmethod
     def empty(cls, config: GPTConfig) -> 'GPT':
@@ -257,7 +379,7 @@ class GPT(nn.Module):
                 raise ValueError(f'{name} is missing')
             tensor = weights[source]
             if name == 'wpe.weight':
-                tensor = tensor[:self.block_size]
+                tensor = tensor[:self.config.block_size]
             if tensor.shape != p.shape:
                 raise ValueError(f'{name} should have shape {tuple(p.shape)}, not {tuple(tensor.shape)}')
             p.copy_(tensor)
@@ -277,7 +399,7 @@ class GPT(nn.Module):
         was_training = self.training
         self.eval()
         for _ in range(max_new_tokens):
-            logits, _, _ = self(idx[:, -self.block_size:])
+            logits, _, _ = self(idx[:, -self.config.block_size:])
             logits = logits[:, -1]                                                      # (B, V)
             if temperature == 0:
                 token = logits.argmax(dim=-1, keepdim=True)                             # (B, 1)

@@ -2,6 +2,7 @@
 
     python sample.py                                                the run under out/ with the newest checkpoint
     python sample.py --init_from=out/tiny --prompt=def --layer=1    a run, how the text begins, the mixture that colours
+    python sample.py --init_from=gpt2                               GPT-2 itself, or a .safetensors file of its weights
 """
 
 import codecs
@@ -18,14 +19,14 @@ import torch
 from config import configure, die
 from model import GPT
 from prepare import get_encoding
-from train import load_run, pick_device
+from train import load_model, pick_device
 
 COLOURS = (110, 214, 150, 204, 222, 140, 80, 180, 113, 209, 75, 217, 186, 103, 173, 152)      # of xterm's 256
 
 
 @dataclass(frozen=True)
 class Config:
-    init_from: str = ''         # a run's folder; '' is the run under out/ with the newest checkpoint
+    init_from: str = ''         # a run's folder, gpt2..gpt2-xl or a .safetensors file; '' is the newest run under out/
     prompt: str = '\n'          # how each sample begins; '' begins a document
     num_samples: int = 3        # samples, made side by side
     max_new_tokens: int = 300   # tokens in each, besides the prompt
@@ -58,7 +59,7 @@ def newest_run() -> str:
 def expert_of_each(model: GPT, idx: torch.Tensor, layer: int) -> list[int]:
     """The first expert that the layer's mixture chooses for each token of idx (T,), a block_size at a time."""
     experts = []
-    for part in idx.split(model.block_size):
+    for part in idx.split(model.config.block_size):
         _, _, routing = model(part[None])
         experts += routing[layer].experts[:, 0].tolist()
     return experts
@@ -84,22 +85,24 @@ def paint(text: str, expert: int) -> str:
 
 def sample(cfg: Config) -> None:
     """Prints cfg.num_samples texts."""
-    folder = cfg.init_from or newest_run()
-    model, saved, path = load_run(folder)
-    encoding = get_encoding(saved['data']['encoding'])
-    mixtures = saved['config']['moe_layers']
+    source = cfg.init_from or newest_run()
+    model, path, saved = load_model(source)
+    if not saved and model.config.vocab_size != 50257:
+        die(f"{path} has {model.config.vocab_size} token ids, not GPT-2's 50257: nobody says what text they stand for")
+    encoding = get_encoding(saved['data']['encoding'] if saved else 'gpt2')
+    mixtures = model.config.moe_layers
     layer = mixtures[-1] if cfg.layer < 0 and mixtures else cfg.layer
     if layer >= 0 and layer not in mixtures:
-        die(f'layer {layer} of {folder} is no mixture; its mixtures are {list(mixtures) or "none"}')
+        die(f'layer {layer} of {source} is no mixture; its mixtures are {list(mixtures) or "none"}')
     coloured = layer >= 0 and (cfg.color == 'always' or cfg.color == '' and sys.stdout.isatty()
                                and not os.environ.get('NO_COLOR'))
     device = pick_device(cfg.device)
     model.to(device).eval()
 
     prompt = encoding.encode(cfg.prompt, allowed_special='all')
-    if len(prompt) > model.block_size:
-        die(f'the prompt has {len(prompt)} tokens, {folder} takes at most {model.block_size}; shorten it')
-    print(f'{path}, step {saved["step"]}', file=sys.stderr)
+    if len(prompt) > model.config.block_size:
+        die(f'the prompt has {len(prompt)} tokens, {source} takes at most {model.config.block_size}; shorten it')
+    print(path, *([f'step {saved["step"]}'] if saved else []), file=sys.stderr)
     idx = torch.tensor([prompt or [encoding.eot_token]] * cfg.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     idx = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, generator)
@@ -110,7 +113,7 @@ def sample(cfg: Config) -> None:
         experts = [expert_of_each(model, row, layer)[begin:] for row in idx]
         counts = Counter(e for row in experts for e in row)
         print(f'layer {layer}, tokens by expert:',
-              *(paint(f' {i}: {counts[i] / counts.total():.0%} ', i) for i in range(saved['config']['n_experts'])))
+              *(paint(f' {i}: {counts[i] / counts.total():.0%} ', i) for i in range(model.config.n_experts)))
         texts = [map(paint, *pair) for pair in zip(texts, experts)]
     for text in texts:
         print('-' * 80, ''.join(text), sep='\n')

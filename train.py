@@ -1,7 +1,8 @@
 """Trains GPT-2, or a mixture of experts upcycled from it, by one plain fp32 loop.
 
-    python train.py config/tiny_dense.py            a byte-level GPT from scratch
-    python train.py config/tiny.py --seed=1         upcycles that run and trains on; flags and files apply left to right
+    python train.py config/moe_gpt2.py              upcycles GPT-2 and trains it on
+    python train.py config/tiny_dense.py            a byte-level GPT from scratch, config/tiny.py upcycles it
+    python train.py config/tiny.py --seed=1         flags and files apply left to right
     python train.py config/tiny.py --seed=1         the same command again goes on where it stopped
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from config import configure, die
-from model import GPT, GPTConfig, expert_counts, load_balance_loss, z_loss
+from model import GPT, PRETRAINED, GPTConfig, expert_counts, load_balance_loss, pretrained_path, z_loss
 from prepare import load_data
 
 
@@ -32,7 +33,7 @@ class Config(GPTConfig):
     block_size: int = 512                       # tokens in a sequence
     dropout: float = 0.1                        # share of activations dropped while training
     moe_layers: tuple[int, ...] = (8, 9, 10, 11)    # blocks whose MLP is a mixture of experts; none: dense GPT-2
-    init_from: str = 'gpt2'                     # scratch, or the folder of a run to start from
+    init_from: str = 'gpt2'                     # scratch, gpt2..gpt2-xl, a .safetensors file, or a run's folder
     out_dir: str = 'out/moe_gpt2'               # the run's folder
     resume: bool = False                        # go on although steps, device, intervals or the batch's split changed
     data_dir: str = 'data/web'                  # what prepare.py wrote
@@ -197,20 +198,33 @@ def restore(saved: dict, path: str, model: GPT | None = None) -> GPT:
         die(f'{path} does not hold the model that it says ({error!r:.200}); delete it to start that run again')
 
 
-def run_file(folder: str) -> str | None:
-    """The file that a run's weights are taken from."""
-    return next(filter(os.path.exists, (os.path.join(folder, name) for name in ('best.pt', 'ckpt.pt'))), None)
+def source_file(init_from: str) -> str | None:
+    """The file that weights are taken from: GPT-2's own, a .safetensors file, or a run's best.pt, else its ckpt.pt."""
+    if init_from in PRETRAINED:
+        return pretrained_path(init_from)
+    files = [os.path.join(init_from, name) for name in ('best.pt', 'ckpt.pt')]
+    return next(filter(os.path.isfile, [init_from, *files]), None)
 
 
-def load_run(folder: str) -> tuple[GPT, dict, str]:
-    """A run's model, the checkpoint it is from and that file's path; dies, naming the command, if there is none."""
-    path = run_file(folder)
+def load_model(init_from: str, **overrides) -> tuple[GPT, str, dict | None]:
+    """(the model, the file it is from, its checkpoint if it is a run's); dies, naming the command, if there is none."""
+    path = source_file(init_from)
     if path is None:
-        config = f'config/{os.path.basename(os.path.normpath(folder))}.py'
-        die(f'{folder} holds no run (no best.pt, no ckpt.pt), and GPT-2 itself cannot be loaded yet; this trains one: '
-            f'python train.py {config if os.path.exists(config) else "config/tiny_dense.py"}')
-    saved = read_checkpoint(path)
-    return restore(saved, path), saved, path
+        config = f'config/{os.path.basename(os.path.normpath(init_from))}.py'
+        die(f'{init_from} holds no run (no best.pt, no ckpt.pt), nor is it a file or one of {", ".join(PRETRAINED)}; '
+            f'this trains one: python train.py {config if os.path.exists(config) else "config/tiny_dense.py"}')
+    if init_from not in PRETRAINED and not path.endswith('.safetensors'):
+        saved = read_checkpoint(path)
+        return restore(saved, path), path, saved
+    if not os.path.exists(path):
+        print(f'fetches the weights of {init_from} to {path}')
+    try:
+        return GPT.from_pretrained(init_from, **overrides), path, None
+    except OSError as error:
+        die(f'{error}; fetch it where there is a network and name the file with --init_from=<its path>.safetensors, or '
+            'do without: python train.py config/tiny_dense.py')
+    except ValueError as error:
+        die(f'{error}; fetch the file again, or name another with --init_from')
 
 
 def file_hash(path: str) -> str:
@@ -235,16 +249,19 @@ def begin(cfg: Config, named: set[str]) -> tuple[Config, GPT, dict | None, GPT |
     if cfg.init_from != 'scratch':
         if os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir):
             die(f'{cfg.out_dir} cannot be both where this run starts from and where it goes; name another --out_dir')
-        parent_model, saved, path = load_run(cfg.init_from)
-        theirs = saved['config']
+        # a .safetensors file does not say how many heads it has
+        heads = {'n_head': cfg.n_head} if 'n_head' in named and cfg.init_from not in PRETRAINED else {}
+        parent_model, path, saved = load_model(cfg.init_from, **heads)
+        theirs = asdict(parent_model.config)
         shape = ['n_layer', 'n_head', 'n_embd', 'vocab_size']
         shape += ['moe_layers', 'n_experts', 'experts_per_token'] if theirs['moe_layers'] else []
         parent = {'path': cfg.init_from, 'sha256': file_hash(path), 'gave': {key: theirs[key] for key in shape}}
         cfg = inherit(cfg, named, parent)
-        print(f'starts from {path} (step {saved["step"]}):', *(f'{k}={v}' for k, v in parent['gave'].items()))
+        print(f'starts from {path}' + (f' (step {saved["step"]}):' if saved else ':'),
+              *(f'{key}={value}' for key, value in parent['gave'].items()))
         ckpt = os.path.join(cfg.init_from, 'ckpt.pt')
         last = read_checkpoint(ckpt, mmap=True) if os.path.exists(ckpt) else saved
-        if last['step'] < last['config']['max_steps']:
+        if last and last['step'] < last['config']['max_steps']:
             print(f'{cfg.init_from} has not finished: this is what it has so far')
         if cfg.block_size > theirs['block_size']:
             die(f'block_size must be at most the {theirs["block_size"]} of {cfg.init_from}, not {cfg.block_size}')
@@ -265,8 +282,8 @@ def go_on(cfg: Config, named: set[str], saved: dict) -> Config:
 
     theirs, parent = saved['config'], saved['parent']
     if parent and plain(cfg.init_from) == plain(parent['path']):
-        cfg, path = inherit(cfg, named, parent), run_file(parent['path'])
-        if path and file_hash(path) != parent['sha256']:
+        cfg, path = inherit(cfg, named, parent), source_file(parent['path'])
+        if path and os.path.exists(path) and file_hash(path) != parent['sha256']:
             die(f'{path} changed since {cfg.out_dir} started from it; name another --out_dir to start from it as it is')
     differ = {key: f'{key}={theirs.get(key)}, now {value}' for key, value in asdict(cfg).items()
               if key not in ('out_dir', 'resume') and plain(value) != plain(theirs.get(key))}

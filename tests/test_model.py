@@ -1,13 +1,19 @@
 """The model and its mixture against other ways to compute the same."""
 
+import hashlib
+import json
 import math
-from dataclasses import replace
+import socket
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, MLP, GPTConfig, MoE, Routing, expert_counts, load_balance_loss, z_loss
+import model as model_py
+from conftest import pack_safetensors as pack
+from model import GPT, MLP, GPTConfig, MoE, Routing, Safetensors, expert_counts, load_balance_loss, z_loss
 
 TINY = GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=2, n_embd=16, moe_layers=(0, 2), n_experts=4)
 
@@ -102,6 +108,158 @@ def test_weights_that_do_not_fit_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         new(TINY).load_weights(weights)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT-2's weights: fixtures/ holds a tiny random GPT-2 saved by Hugging Face transformers and what it computes there
+
+FIXTURES = Path(__file__).parent / 'fixtures'
+HF = json.loads((FIXTURES / 'tiny_gpt2.json').read_text())
+RAW = (FIXTURES / 'tiny_gpt2.safetensors').read_bytes()
+
+
+def unpack(raw):
+    n = int.from_bytes(raw[:8], 'little')
+    return json.loads(raw[8:8 + n]), raw[8 + n:]
+
+
+def with_header(change):
+    """The fixture with its header changed: change gets {name: entry}."""
+    header, payload = unpack(RAW)
+    change(header)
+    return pack(header, payload)
+
+
+def with_tensor(name, dtype, shape, content=None):
+    """The fixture with one tensor more at its end."""
+    header, payload = unpack(RAW)
+    size = math.prod(shape) * (2 if '16' in dtype else 4)
+    header[name] = {'dtype': dtype, 'shape': shape, 'data_offsets': [len(payload), len(payload) + size]}
+    return pack(header, payload + (bytes(size) if content is None else content))
+
+
+def without_last(raw=RAW):
+    header, payload = unpack(raw)
+    name = max((n for n in header if n != '__metadata__'), key=lambda n: header[n]['data_offsets'])
+    assert name == 'wte.weight'
+    return pack(header, payload[:header.pop(name)['data_offsets'][0]])
+
+
+WTE = RAW[-len(unpack(RAW)[1]):][slice(*unpack(RAW)[0]['wte.weight']['data_offsets'])]
+
+
+@pytest.mark.parametrize('raw', [
+    RAW, (FIXTURES / 'tiny_gpt2_lm.safetensors').read_bytes(),
+    with_tensor('h.0.attn.bias', 'F32', [1, 1, 24, 24]), with_tensor('h.1.attn.masked_bias', 'F32', []),
+    with_tensor('lm_head.weight', 'F32', [61, 32], WTE)],
+    ids=['no prefix', 'transformer. prefix', 'mask', 'masked_bias', 'tied head written out'])
+def test_a_model_saved_by_transformers_gives_its_logits_and_its_greedy_tokens(raw, tmp_path):
+    (tmp_path / 'a.safetensors').write_bytes(raw)
+    model = GPT.from_pretrained(str(tmp_path / 'a.safetensors'), n_head=4).eval()
+    expected, prompt = torch.tensor(HF['logits']), torch.tensor(HF['prompt'])
+    assert (model(prompt)[0] - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
+    assert model.generate(prompt, 14, temperature=0).tolist() == HF['greedy']
+    assert all(p.is_contiguous() and p.dtype == torch.float32 for p in model.parameters())
+    shape = GPTConfig(block_size=24, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+    assert asdict(model.config) == asdict(shape)
+
+
+def test_a_forgotten_transpose_of_the_square_projection_would_be_seen():
+    model = GPT.from_pretrained(str(FIXTURES / 'tiny_gpt2.safetensors'), n_head=4).eval()
+    with torch.no_grad():
+        model.h[1].attn.c_proj.weight.copy_(model.h[1].attn.c_proj.weight.t().clone())
+    assert (model(torch.tensor(HF['prompt']))[0] - torch.tensor(HF['logits'])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('overrides', [
+    dict(moe_layers=(1,)), dict(moe_layers=(0, 1), n_experts=3, experts_per_token=2), dict(block_size=12, moe_layers=(0,))])
+def test_pretrained_weights_upcycle_exactly_in_the_same_call(overrides):
+    model = GPT.from_pretrained(str(FIXTURES / 'tiny_gpt2.safetensors'), n_head=4, dropout=0.3, **overrides)
+    expected, prompt = torch.tensor(HF['logits']), torch.tensor(HF['prompt'])
+    logits, _, routing = model.eval()(prompt)
+    assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-5
+    assert tuple(routing) == overrides['moe_layers'] and model.config.dropout == 0.3
+    assert all(getattr(model.config, key) == value for key, value in overrides.items())
+
+
+@pytest.mark.parametrize('overrides, message', [
+    (dict(n_experts=4), 'without moe_layers'), (dict(expert_noise=1e-3), 'without moe_layers'),
+    (dict(experts_per_token=2, moe_layers=()), 'without moe_layers'), (dict(moe_layers=(2,)), 'moe_layers must be'),
+    (dict(block_size=25), 'block_size must be at most 24'), (dict(n_head=5), 'n_head must divide'),
+    (dict(n_layer=1), 'h.1.attn.c_attn.bias has no place'), (dict(vocab_size=62), 'wte.weight should have shape')])
+def test_pretrained_weights_never_become_another_model_than_was_asked_for(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(str(FIXTURES / 'tiny_gpt2.safetensors'), **{'n_head': 4} | overrides)
+
+
+@pytest.mark.parametrize('raw, message', [
+    (b'', 'its header cannot have 0 bytes'),
+    (RAW[:7], 'its header cannot have'),
+    (RAW[:2000], 'its header cannot have'),
+    (RAW[:-1], 'bytes, its header speaks of'),
+    (RAW + b'\0', 'bytes, its header speaks of'),
+    ((2**63).to_bytes(8, 'little') + RAW[8:], f'its header cannot have {2**63} bytes'),
+    ((3).to_bytes(8, 'little') + RAW[8:], 'JSONDecodeError'),
+    (pack(['wte.weight'], b''), 'TypeError'),
+    (pack({'wte.weight': [1]}, b''), 'TypeError'),
+    (pack({'wte.weight': {}}, b''), 'data_offsets'),
+    ((10**5).to_bytes(8, 'little') + b'[' * 10**5, 'RecursionError'),
+    (with_header(lambda h: h['wpe.weight'].update(shape=[-24, -32])), r'wpe.weight has dtype F32 and shape \[-24, -32'),
+    (with_header(lambda h: h['ln_f.bias'].update(shape=[True, 32])), 'ln_f.bias has dtype'),
+    (with_header(lambda h: h['ln_f.bias'].update(shape=[32.0])), 'ln_f.bias has dtype'),
+    (with_header(lambda h: h['wpe.weight'].update(dtype='I32')), 'wpe.weight has dtype I32'),
+    (with_header(lambda h: h['wpe.weight'].update(dtype='F16')), 'wpe.weight of shape .* cannot be bytes'),
+    (with_header(lambda h: h['wpe.weight'].update(shape=[2**62, 2**62])), 'wpe.weight of shape .* cannot be bytes'),
+    (with_header(lambda h: h['ln_f.bias'].update(data_offsets=h['ln_f.weight']['data_offsets'])), 'cannot be bytes'),
+    (with_header(lambda h: h.pop('ln_f.bias')), 'cannot be bytes'),
+    (with_tensor('transformer.ln_f.bias', 'F32', [32]), 'ln_f.bias is there twice'),
+    (without_last(), 'wte.weight. is missing'),
+    (with_header(lambda h: h.update({'wte.heavy': h.pop('wte.weight')})), "'wte.weight' is missing"),
+    (with_tensor('score.weight', 'F32', [2, 32]), 'score.weight has no place'),
+    (with_tensor('h.2.ln_1.weight', 'F32', [32]), 'h.2.ln_1.bias is missing'),
+    (with_tensor('lm_head.weight', 'F32', [61, 32]), 'lm_head.weight has no place'),
+    (with_header(lambda h: h['h.0.mlp.c_fc.weight'].update(shape=[128, 32])), 'h.0.mlp.c_fc.weight should have shape')])
+def test_a_malformed_file_is_refused_by_name(raw, message, tmp_path):
+    path = tmp_path / 'a.safetensors'
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=message) as error:
+        GPT.from_pretrained(str(path), n_head=4)
+    assert str(path) in str(error.value) and len(str(error.value)) < 500
+
+
+def test_half_precision_is_read_as_the_numbers_it_stands_for(tmp_path):
+    (tmp_path / 'a.safetensors').write_bytes(with_tensor('x.y', 'BF16', [2, 2], b'\x80\x3f\x00\xc0' * 2))
+    assert Safetensors(str(tmp_path / 'a.safetensors'))['x.y'].float().tolist() == [[1, -2], [1, -2]]
+
+
+@pytest.mark.parametrize('content, sha256, message', [
+    (RAW, hashlib.sha256(RAW).hexdigest(), None),
+    (RAW, None, None),
+    (RAW[:-1], hashlib.sha256(RAW).hexdigest(), 'invalid hash'),
+    (RAW[:-1], None, 'its header speaks of'),
+    (None, None, 'No such file')])
+def test_a_download_is_cached_whole_or_not_at_all(content, sha256, message, tmp_path, monkeypatch):
+    if content is not None:
+        folder = tmp_path / 'hub/gpt2-large/resolve/abc'
+        folder.mkdir(parents=True)
+        (folder / 'model.safetensors').write_bytes(content)
+    monkeypatch.setitem(model_py.PRETRAINED, 'gpt2-large', ('abc', sha256))
+    timeout = socket.getdefaulttimeout()
+    if message:
+        with pytest.raises(OSError, match=message) as error:
+            GPT.from_pretrained('gpt2-large', n_head=4)
+        assert 'model.safetensors could not be fetched to' in str(error.value)
+        assert not list((tmp_path / 'cache').rglob('*.*'))
+    else:
+        for _ in range(2):                                      # the second time from the cache
+            assert GPT.from_pretrained('gpt2-large', n_head=4).config.n_embd == 32
+            if folder.exists():
+                (folder / 'model.safetensors').unlink()
+                folder.rmdir()
+    assert socket.getdefaulttimeout() == timeout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# routing, losses, generation
 
 @pytest.mark.parametrize('k, expert_noise', [(1, 0.0), (2, 1e-2)])
 def test_the_lm_loss_alone_gives_the_router_a_gradient(k, expert_noise):

@@ -1,13 +1,15 @@
 """What a person sees: whole characters, harmless ones, and colours that stay on their tokens."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sample
 import train
-from model import GPT
+from conftest import ROOT, as_safetensors
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('pieces, texts', [
@@ -60,14 +62,42 @@ def sample_output(cfg, capsys):
     return capsys.readouterr().out
 
 
+class Words:
+    """An encoding as wide as GPT-2's; each token is its number."""
+    eot_token = 50256
+
+    def encode(self, text, allowed_special):
+        return [int(word) for word in text.split()]
+
+    def decode_single_token_bytes(self, token):
+        return b' %d' % token
+
+
+def test_pretrained_weights_are_sampled_from_their_file(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=64))
+    (tmp_path / 'a.safetensors').write_bytes(as_safetensors(model))
+    monkeypatch.setattr(sample, 'get_encoding', {'gpt2': Words()}.get)
+    out = sample_output(sample.Config(init_from=str(tmp_path / 'a.safetensors'), prompt='5 7', max_new_tokens=9,
+                                      temperature=0.0, num_samples=1, device='cpu'), capsys)
+    expected = model.generate(torch.tensor([[5, 7]]), 9, temperature=0)[0].tolist()
+    assert out.split() == ['-' * 80, *map(str, expected)]
+
+
 @pytest.mark.parametrize('argv, message', [
     (dict(init_from='out/none'), 'out/none holds no run'),
+    (dict(init_from='gpt2'), 'model.safetensors could not be fetched'),
+    (dict(init_from=str(ROOT / 'tests/fixtures/tiny_gpt2.safetensors')), 'n_head must be at least 1'),
+    (dict(init_from='NARROW'), "has 257 token ids, not GPT-2's 50257"),
     (dict(prompt='x' * 17), 'the prompt has 17 tokens'),
     (dict(layer=0), 'layer 0 of'),
     (dict(device='abacus'), 'device=abacus')])
-def test_mistakes_end_in_one_line_and_exit_code_2(argv, message, cfg, capsys):
+def test_mistakes_end_in_one_line_and_exit_code_2(argv, message, cfg, capsys, tmp_path):
     if 'init_from' not in argv:
         train.train(cfg)
+    if argv.get('init_from') == 'NARROW':
+        (tmp_path / 'a.safetensors').write_bytes(as_safetensors(GPT(replace(cfg, moe_layers=(), n_embd=64, n_head=1))))
+        argv = {'init_from': str(tmp_path / 'a.safetensors')}
     with pytest.raises(SystemExit) as stop:
         sample.sample(sample.Config(**{'init_from': cfg.out_dir} | argv))
     error = capsys.readouterr().err.splitlines()

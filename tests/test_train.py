@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from conftest import ROOT
+from conftest import ROOT, as_safetensors
 from model import GPT, load_balance_loss, z_loss
 from prepare import load_data
 
@@ -257,6 +257,56 @@ def test_a_mixture_gives_its_experts_to_its_child(cfg, tmp_path):
     assert (gave['moe_layers'], gave['n_experts'], gave['experts_per_token']) == ((1,), 4, 2)
 
 
+@pytest.fixture
+def weights(cfg, tmp_path):
+    """GPT-2 in its own format, of the shape of cfg."""
+    torch.manual_seed(5)
+    dense = GPT(replace(cfg, moe_layers=(), block_size=20))
+    (tmp_path / 'model.safetensors').write_bytes(as_safetensors(dense))
+    return dense, tmp_path / 'model.safetensors'
+
+
+def test_gpt2s_weights_are_upcycled_from_a_file_that_may_go_away_but_not_change(cfg, weights, capsys):
+    dense, path = weights
+    cfg, named = replace(cfg, init_from=str(path), n_layer=12, expert_noise=0.0), {'n_head'}
+    refused('n_head must be at least 1', capsys, train.train, cfg)          # 16 channels are less than one head's 64
+    refused('n_layer=12 cannot be', capsys, train.train, cfg, named={'n_head', 'n_layer'})
+    refused('block_size must be at most the 20', capsys, train.train, replace(cfg, block_size=21), named=named)
+    train.train(cfg, named)
+    lines = capsys.readouterr().out.splitlines()
+    theirs, mine = (next(line for line in lines if line.startswith(start)) for start in ('the parent', 'step 0 '))
+    assert theirs.split()[3:] == mine.split()[3:]
+    _, data = load_data(cfg.data_dir, cfg.block_size)
+    losses, _ = train.evaluate(dense, data['val'], cfg, 'cpu')
+    assert f'sums {np.mean(losses["sums"]):.4f}' in mine
+    gave = {'n_layer': 2, 'n_head': 2, 'n_embd': 16, 'vocab_size': 257}
+    assert load(cfg)['parent']['gave'] == gave and load(cfg)['config']['n_layer'] == 2
+    assert train.train(cfg, named)['step'] == 8                             # finished
+    path.rename(path.with_name('away'))
+    train.train(replace(cfg, max_steps=9, resume=True), named)
+    path.write_bytes(b'other')
+    refused('changed since', capsys, train.train, replace(cfg, max_steps=9), named=named)
+
+
+def test_gpt2_by_name_is_fetched_once_and_starts_the_same_run_as_its_file(cfg, weights, tmp_path, monkeypatch, capsys):
+    dense, path = weights
+    wide = GPT(replace(cfg, moe_layers=(), n_head=1, n_embd=64))
+    path.write_bytes(as_safetensors(wide))
+    folder = tmp_path / 'hub/gpt2-medium/resolve/abc'
+    folder.mkdir(parents=True)
+    monkeypatch.setitem(train.PRETRAINED, 'gpt2-medium', ('abc', None))
+    shutil.copy(path, folder)
+    for name in ('gpt2-medium', str(path)):
+        train.train(replace(cfg, init_from=name, out_dir=str(tmp_path / name[-5:])))
+        shutil.rmtree(tmp_path / 'hub', ignore_errors=True)
+    assert_same(load(replace(cfg, out_dir=str(tmp_path / 'edium')))['model'],
+                load(replace(cfg, out_dir=str(tmp_path / 'nsors')))['model'])
+    assert 'fetches the weights of gpt2-medium to' in capsys.readouterr().out
+    train.train(replace(cfg, init_from='gpt2-medium', out_dir=str(tmp_path / 'again')))     # from the cache
+    refused('n_head=4 cannot be', capsys, train.train, replace(cfg, init_from='gpt2-medium', n_head=4,
+                                                               out_dir=str(tmp_path / 'x')), named={'n_head'})
+
+
 @pytest.mark.parametrize('change, message', [
     (dict(learning_rate=1.0), 'learning_rate=0.01, now 1.0); name another --out_dir'),
     (dict(max_steps=9), 'max_steps=8, now 9); name another --out_dir, or go on with --resume=True'),
@@ -358,7 +408,10 @@ def file_in_the_way(cfg):
     (None, dict(n_head=3), 'n_head must divide n_embd=16'),
     (None, dict(moe_layers=(2,)), 'moe_layers must be different numbers from 0 to 1'),
     (None, dict(init_from='out/none'), 'out/none holds no run'),
-    (None, dict(init_from='gpt2'), 'gpt2 holds no run'),
+    (None, dict(init_from='gpt2'), 'or do without: python train.py config/tiny_dense.py'),
+    (None, dict(init_from='gpt2-xl'), '/gpt2-xl/resolve/15ea56dee5df4983c59b2538573817e1667135e2/model.safetensors could'),
+    (None, dict(init_from='gpt2-xs'), 'gpt2-xs holds no run (no best.pt, no ckpt.pt), nor is it a file or one of gpt2, '),
+    (None, dict(init_from=str(ROOT / 'README.md')), 'README.md cannot be read as a checkpoint'),
     (None, dict(resume=True), 'holds no run to resume'),
     (None, dict(device='abacus'), 'device=abacus cannot be used'),
     (None, dict(device='meta'), 'device=meta cannot be used'),
