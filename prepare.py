@@ -1,11 +1,15 @@
 """Text to tokens: writes data/<name>/<domain>_{train,val}.bin, uint16 token ids, and meta.json, which describes them.
 
+    python prepare.py                       code, math and prose from the web, 10 MB each, fetched once
     python prepare.py --source=local        code, math and prose that come with Python itself; nothing is downloaded
     python prepare.py --source=<folder>     your own text: every *.txt file in the folder is a domain
 """
 
 import ast
+import gzip
 import hashlib
+import http.client
+import io
 import json
 import os
 import random
@@ -15,6 +19,11 @@ import sys
 import sysconfig
 import time
 import tokenize
+import urllib.request
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import gcd
@@ -25,6 +34,26 @@ import tiktoken
 
 from config import configure, die
 
+HF, GH = 'https://huggingface.co/datasets/', 'https://raw.githubusercontent.com/'
+WEB = {     # domain: its sources as they are tried: (name, document, longer than, address, sha256 if read whole)
+    'code': [('codeparrot', '{content}', 100, HF + 'codeparrot/codeparrot-clean/resolve/'
+              '35a59fb025bc0a102f7d96eac09d145b896d487b/file-000000000001.json.gz', ''),
+             ('stdlib',)],                                              # nothing to fetch: the code of --source=local
+    'math': [('mathqa', '{Problem}\n\n{Rationale}', 0, 'https://math-qa.github.io/math-QA/data/MathQA.zip',
+              '7344f30456a7aef3176d4866cc953b35b41bec44eda6b00cdbcfde2876b2f07a'),
+             ('gsm8k', '{question}\n\n{answer}', 0, GH + 'openai/grade-school-math/'
+              '3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/train.jsonl',
+              '17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465')],
+    'prose': [('c4', '{text}', 200, HF + 'allenai/c4/resolve/1588ec454efa1a09f29cd18ddd04fe05fc8653a2/'
+               'en/c4-train.00000-of-01024.json.gz', ''),
+              ('shakespeare', '{text}', 0, GH + 'karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
+               '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')]}
+WEB_TEXT, WEB_SIZE = 'data/web_text', 10 * 2**20        # where the documents are kept; characters of each domain
+VOCABULARY = {'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/' + file: sha256 for file, sha256 in [
+    ('vocab.bpe', '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5'),
+    ('encoder.json', '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783')]}
+TIMEOUT = 20                # seconds without a byte until a server is given up
+FAILURES = (OSError, EOFError, ValueError, KeyError, TypeError, http.client.HTTPException, zlib.error)   # of fetching
 DOCUMENT = 3000             # characters that the paragraphs of a text, or the definitions of a module, are grouped to
 NOT_CODE = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__',      # not the library,
             'encodings', 'pydoc_data', 'lib2to3', 'idlelib', 'turtledemo'}                      # or tables and programs
@@ -32,7 +61,7 @@ NOT_CODE = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__p
 
 @dataclass(frozen=True)
 class Config:
-    source: str = 'web'     # web (to come), local (downloads nothing), or a folder whose *.txt files are domains
+    source: str = 'web'     # web (fetched once), local (fetches nothing), or a folder whose *.txt are domains
     encoding: str = ''      # gpt2 or bytes; '' is bytes for local, gpt2 for the others
     out: str = ''           # folder to write to; '' is data/<web, local or the folder's name>
     seed: int = 0           # of the split, and of local's math problems
@@ -50,11 +79,46 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         # (?s): without it '.' skips newlines, and text that no match covers silently vanishes
         return tiktoken.Encoding('bytes', pat_str='(?s:.{1,64})', mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={'<|endoftext|>': 256}, explicit_n_vocab=257)
+    # tiktoken finds its files here: by itself it would put them under /tmp, and wait for a silent server for ever
+    folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.path.expanduser('~/.cache/tiktoken')
+    os.environ['TIKTOKEN_CACHE_DIR'] = folder
     try:
+        for url, sha256 in VOCABULARY.items():
+            path = Path(folder, hashlib.sha1(url.encode()).hexdigest())
+            if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                write(path, open_url(url, sha256).read())
         return tiktoken.get_encoding(name)
-    except OSError as error:                    # requests' errors are OSErrors
-        die(f"GPT-2's vocabulary could not be fetched or cached ({type(error).__name__}): set TIKTOKEN_CACHE_DIR to a "
-            'writable folder, or to one that holds it from another machine, or use --source=local --encoding=bytes')
+    except FAILURES as error:
+        die(f"GPT-2's vocabulary could not be fetched to {folder} ({url}: {error!r:.200}); set TIKTOKEN_CACHE_DIR to a "
+            'folder that holds it from another machine, or do without: python prepare.py --source=local')
+
+
+def open_url(url: str, sha256: str) -> io.BufferedIOBase:
+    """The file at an address, to be read as it comes; one with a sha256 comes whole and checked. Raises FAILURES."""
+    print('fetching', url, flush=True)
+    request = urllib.request.Request(url, headers={'User-Agent': 'nanoUpcycle'})
+    response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    if not sha256:
+        return response
+    with response:
+        content = response.read()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError('its sha256 is another')
+    return io.BytesIO(content)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file beside its place, then moves it there: half a file is never found. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix('.tmp').write_bytes(content)
+    os.replace(path.with_suffix('.tmp'), path)
+
+
+def progress(label: str, size: int, start: float, done: bool) -> None:
+    """A line of megabytes, in all and in a second; it grows on a terminal, and is printed once elsewhere."""
+    if done or sys.stdout.isatty():
+        speed = size / 1e6 / (time.perf_counter() - start)
+        print(f'{label:20}{size / 1e6:8.1f} MB {speed:8.1f} MB/s', end='\n' if done else '\r', flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,6 +151,55 @@ def folder_documents(folder: str) -> dict[str, list[str]]:
     if not domains:
         die(f'{folder}: no such folder, or no *.txt in it; --source=local needs no files')
     return domains
+
+
+def fetch(path: Path, document: str, shortest: int, url: str, sha256: str) -> None:
+    """Writes a source's first WEB_SIZE characters of documents to path, as a folder's *.txt. Raises FAILURES."""
+    texts, size, start = [], 0, time.perf_counter()
+    with open_url(url, sha256) as file:
+        if url.endswith('.gz'):                             # hundreds of MB, of which only the beginning is sent
+            rows = map(json.loads, gzip.open(file))
+        elif url.endswith('.zip'):
+            rows = json.loads(zipfile.ZipFile(file).read('train.json'))
+        elif url.endswith('.jsonl'):                        # without its calculator's <<48/2=24>> and a last #### 72
+            rows = (row | {'answer': re.sub(r'<<.*?>>|\n####.*', '', row['answer'])} for row in map(json.loads, file))
+        else:
+            rows = ({'text': text} for text in grouped(re.split(r'\n\s*\n', file.read().decode()), '\n\n'))
+        for text in map(document.format_map, rows):
+            if shortest < len(text) < 10_000:
+                texts.append(text.replace('\x1e', ''))
+                size += len(text)
+                progress(path.stem, size, start, done=False)
+            if size >= WEB_SIZE:
+                break
+    progress(path.stem, size, start, done=True)
+    if size < WEB_SIZE and not sha256:                      # a smaller file that is known whole is taken as it is
+        raise ValueError(f'only {size:,} characters')
+    write(path, ('\n\x1e\n'.join(texts) + '\n').encode('utf-8', 'replace'))      # lone surrogates: ?
+
+
+def web_documents(seed: int) -> dict[str, list[str]]:
+    """Each domain from the first of its sources that lies in WEB_TEXT or can be fetched to it; prints which."""
+    used = {}
+    for domain, sources in WEB.items():
+        failed = []
+        for name, *source in sources:
+            if failed:
+                print(f'{domain}: could not fetch {failed[-1]}; trying {name}')
+            path = Path(WEB_TEXT, f'{domain}_{name}.txt')
+            try:
+                if source and not path.exists():
+                    fetch(path, *source)
+                used[domain] = path.stem
+                break
+            except FAILURES as error:
+                failed.append(f'{name} ({source[2]}: {error!r:.200})')
+        else:
+            die(f'{domain}: could not fetch {" or ".join(failed)} to {WEB_TEXT}; '
+                'without a network: python prepare.py --source=local')
+    print('using', ', '.join(used.values()))
+    texts = folder_documents(WEB_TEXT)
+    return {domain: texts[stem] if stem in texts else local_documents(seed)[domain] for domain, stem in used.items()}
 
 
 def local_documents(seed: int) -> dict[str, list[str]]:
@@ -163,13 +276,22 @@ def math_problem(rng: random.Random) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # tokens
 
-def split(documents: list[str], rng: np.random.Generator) -> dict[str, list[str]]:
-    """5% of the documents held out for validation, at least one; a text that repeats is kept once, lest both get it."""
+def template(text: str) -> str:
+    """A math problem (a text's first paragraph) less its numbers: MathQA asks many again with others."""
+    return re.sub(r'\d[\d\s.,/]*', '#', text.split('\n\n')[0])
+
+
+def split(documents: list[str], rng: np.random.Generator, key: Callable[[str], str] = str) -> dict[str, list[str]]:
+    """5% of the documents held out for validation, at least one; those of one key stay together, equal ones are one."""
     documents = [text for text in dict.fromkeys(documents) if text.strip()]
-    order = rng.permutation(len(documents))
-    held_out = max(1, round(0.05 * len(documents)))
-    return {'train': [documents[i] for i in sorted(order[held_out:])],
-            'val': [documents[i] for i in sorted(order[:held_out])]}
+    sizes, held_out, room = Counter(map(key, documents)), set(), max(1, round(0.05 * len(documents)))
+    groups = list(sizes)
+    for group in map(groups.__getitem__, rng.permutation(len(groups))):
+        if sizes[group] <= room or not held_out:
+            held_out.add(group)
+            room -= sizes[group]
+    return {'train': [text for text in documents if key(text) not in held_out],
+            'val': [text for text in documents if key(text) in held_out]}
 
 
 def encode(documents: list[str], encoding: tiktoken.Encoding, label: str) -> np.ndarray:
@@ -178,15 +300,13 @@ def encode(documents: list[str], encoding: tiktoken.Encoding, label: str) -> np.
         end = np.array([encoding.eot_token], np.uint32)         # a special token's name within a text is just text
         return np.concatenate([a for t in texts for a in (encoding.encode_to_numpy(t, disallowed_special=()), end)])
 
-    arrays, done, start = [], 0.0, time.perf_counter()
+    arrays, size, start = [], 0, time.perf_counter()
     batches = [documents[i:i + 64] for i in range(0, len(documents), 64)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:            # tiktoken lets go of Python's lock
         for batch, tokens in zip(batches, pool.map(tokens_of, batches)):
             arrays.append(tokens)
-            done += sum(len(text.encode()) for text in batch) / 1e6
-            if sys.stdout.isatty() or batch is batches[-1]:
-                line = f'{label:20}{done:8.1f} MB {done / (time.perf_counter() - start):8.1f} MB/s'
-                print(line, end='\n' if batch is batches[-1] else '\r', flush=True)
+            size += sum(len(text.encode()) for text in batch)
+            progress(label, size, start, done=batch is batches[-1])
     tokens = np.concatenate(arrays)
     assert tokens.max() < 2**16, f'token {tokens.max()} does not fit uint16'
     return tokens.astype(np.uint16)
@@ -194,17 +314,16 @@ def encode(documents: list[str], encoding: tiktoken.Encoding, label: str) -> np.
 
 def prepare(cfg: Config) -> dict:
     """Writes the folder cfg.out; returns what stands in its meta.json."""
-    local = cfg.source == 'local'
-    if cfg.source == 'web':
-        die('--source=web is not there yet: use --source=local, which needs no network, or --source=<folder>')
+    web, local = cfg.source == 'web', cfg.source == 'local'
     out = Path(cfg.out or os.path.join('data', os.path.basename(os.path.abspath(cfg.source))))
     encoding = get_encoding(cfg.encoding or ('bytes' if local else 'gpt2'))
-    domains = local_documents(cfg.seed) if local else folder_documents(cfg.source)
+    domains = (web_documents(cfg.seed) if web else local_documents(cfg.seed) if local else folder_documents(cfg.source))
     meta = {'encoding': encoding.name, 'vocab_size': encoding.n_vocab, 'domains': {}}
     table, files = [], {}
     for name, documents in domains.items():
         meta['domains'][name] = {}
-        for part, texts in split(documents, np.random.default_rng((cfg.seed, *name.encode()))).items():
+        rng, key = np.random.default_rng((cfg.seed, *name.encode())), template if web and name == 'math' else str
+        for part, texts in split(documents, rng, key).items():
             if not texts:
                 die(f'{name}: fewer than two documents, so none can be held out; a line with only U+001E ends one')
             tokens = encode(texts, encoding, f'{name} {part}')
