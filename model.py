@@ -74,12 +74,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
+        """x (B, T, C), cache (2, B, H, block_size, C/H): the keys and values of the start tokens before -> (B, T, C)."""
         B, T, C = x.shape
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, H, T, C/H) each
                    for t in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
+            k, v = cache[:, :, :, :start + T]                                       # (B, H, start + T, C/H) each
         p = self.dropout.p if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)    # (B, H, T, C/H)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)   # (B, H, T, C/H)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.c_proj(y))
 
@@ -124,28 +128,34 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, noise: float = 0.0) -> tuple[Tensor, Routing]:
         """x (B, T, C), noise: std of what is added to the router's logits -> y (B, T, C) and its Routing."""
-        (B, T, C), k = x.shape, self.k
-        x = x.reshape(B * T, C)
+        tokens = x.reshape(-1, x.shape[-1])                                         # (N, C)
+        routing = self.route(tokens, noise)
+        return self.dispatch(tokens, routing).view_as(x), routing
+
+    def route(self, x: Tensor, noise: float) -> Routing:
+        """Chooses k experts for each token of x (N, C), and their weights."""
         logits = self.router(x)                                                     # (N, E)
         noisy = logits + noise * torch.randn_like(logits) if noise else logits
         probs = noisy.softmax(dim=-1)                                               # over all E, before choosing
-        weights, experts = probs.topk(k)                                            # (N, k) each
-        if k == 1:
+        weights, experts = probs.topk(self.k)                                       # (N, k) each
+        if self.k == 1:
             # renormalised, a single weight is the constant 1 and the LM loss could not teach the router;
             # straight through it is exactly 1 going forward, but has the gradient of the probability
             weights = 1 + (weights - weights.detach())
         else:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        routing = Routing(logits, probs, weights, experts)
+        return Routing(logits, probs, weights, experts)
 
-        order = experts.flatten().argsort(stable=True)                              # (token, slot) pairs by expert
+    def dispatch(self, x: Tensor, routing: Routing) -> Tensor:
+        """Each token of x (N, C) through its experts, and the weighted sum of what they return (N, C)."""
+        (N, C), k = x.shape, self.k
+        order = routing.experts.flatten().argsort(stable=True)                      # (token, slot) pairs by expert
         counts = expert_counts(routing).tolist()                                    # the one wait for the device
         inputs = x.index_select(0, order // k).split(counts)                        # gather
         # an expert without tokens is skipped: it gets no gradient and so no optimizer step
         outputs = [expert(rows) for expert, rows in zip(self.experts, inputs) if len(rows)]
-        y = x.new_empty(B * T * k, C).index_copy(0, order, torch.cat(outputs))      # back in (token, slot) order
-        y = (weights.unsqueeze(-1) * y.view(B * T, k, C)).sum(dim=1)                # each token's weighted sum
-        return y.view(B, T, C), routing
+        y = x.new_empty(N * k, C).index_copy(0, order, torch.cat(outputs))          # back in (token, slot) order
+        return (routing.weights.unsqueeze(-1) * y.view(N, k, C)).sum(dim=1)         # each token's weighted sum
 
 
 def expert_counts(routing: Routing) -> Tensor:
@@ -273,8 +283,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MoE(config) if is_moe else MLP(config)
 
-    def forward(self, x: Tensor, noise: float) -> tuple[Tensor, Routing | None]:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, noise: float, cache: Tensor | None, start: int) -> tuple[Tensor, Routing | None]:
+        x = x + self.attn(self.ln_1(x), cache, start)
         if isinstance(self.mlp, MoE):
             y, routing = self.mlp(self.ln_2(x), noise)
         else:
@@ -304,20 +314,26 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, router_noise: float = 0.0, reduction: str = 'mean'
-                ) -> tuple[Tensor, Tensor | None, dict[int, Routing]]:
+    def forward(self, idx: Tensor, targets: Tensor | None = None, router_noise: float = 0.0, reduction: str = 'mean',
+                cache: Tensor | None = None, start: int = 0) -> tuple[Tensor, Tensor | None, dict[int, Routing]]:
         """idx, targets (B, T) token ids -> logits (B, T, V), the language-model loss alone, {layer: Routing}.
 
         The loss is in nats per token, (B, T) with reduction='none', None without targets; routing is {} when dense.
+        cache: from new_cache, filled by earlier calls with the start tokens before idx, whose keys and values are
+        added to it. After a beginning of any length it takes one token at a time, and logits are the last token's
+        alone, (B, 1, V).
         """
         B, T = idx.shape
-        assert T <= self.config.block_size, f'{T} tokens do not fit block_size {self.config.block_size}'
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))     # (B, T, C)
+        end = start + T
+        assert end <= self.config.block_size, f'{end} tokens do not fit block_size {self.config.block_size}'
+        assert start == 0 or T == 1 and cache is not None, 'a cache that holds tokens is continued by one at a time'
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device)))    # (B, T, C)
         routing = {}
         for i, block in enumerate(self.h):
-            x, r = block(x, router_noise)
+            x, r = block(x, router_noise, None if cache is None else cache[i], start)
             if r is not None:
                 routing[i] = r
+        x = x if cache is None else x[:, -1:]
         logits = F.linear(self.ln_f(x), self.wte.weight)                                # (B, T, V)
         loss = None
         if targets is not None:
@@ -389,24 +405,33 @@ class GPT(nn.Module):
         if used != set(weights):
             raise ValueError(f'{min(set(weights) - used)} has no place in this model')
 
+    def new_cache(self, B: int) -> Tensor:
+        """Room for the keys and values of B sequences in every layer: (n_layer, 2, B, H, block_size, C/H)."""
+        c = self.config
+        return self.wte.weight.new_empty(c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
+
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  generator: torch.Generator | None = None) -> Tensor:
         """Continues idx (B, T), B prompts of one length, by max_new_tokens tokens -> (B, T + max_new_tokens).
 
         temperature 0 takes the likeliest token; top_k samples among that many only. The model's mode is put back.
+        Once block_size tokens are read, the model begins again from the last half of them.
         """
         was_training = self.training
         self.eval()
+        cache, start, new = self.new_cache(len(idx)), 0, idx[:, -self.config.block_size:]
         for _ in range(max_new_tokens):
-            logits, _, _ = self(idx[:, -self.config.block_size:])
-            logits = logits[:, -1]                                                      # (B, V)
+            if start == self.config.block_size:
+                start, new = 0, idx[:, -max(1, self.config.block_size // 2):]
+            logits = self(new, cache=cache, start=start)[0][:, -1]                      # (B, V)
+            start += new.shape[1]
             if temperature == 0:
-                token = logits.argmax(dim=-1, keepdim=True)                             # (B, 1)
+                new = logits.argmax(dim=-1, keepdim=True)                               # (B, 1)
             else:
                 logits, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))       # best first
-                token = ids.gather(1, torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
-            idx = torch.cat([idx, token], dim=1)
+                new = ids.gather(1, torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator))
+            idx = torch.cat([idx, new], dim=1)
         self.train(was_training)
         return idx
 

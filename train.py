@@ -72,7 +72,9 @@ class Config(GPTConfig):
 def windows(places: list[tuple[np.ndarray, int]], block_size: int, device: str) -> tuple[Tensor, Tensor]:
     """The sequences that start at those places, and the tokens that follow each of theirs: (B, T) twice."""
     rows = np.stack([tokens[start:start + block_size + 1] for tokens, start in places]).astype(np.int64)
-    rows = torch.from_numpy(rows).to(device)
+    rows = torch.from_numpy(rows)
+    # from pinned memory the copy waits neither for what the GPU still does nor the program for it
+    rows = rows.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else rows.to(device)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -377,7 +379,8 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')         # what cuBLAS needs to be deterministic
     torch.use_deterministic_algorithms(cfg.deterministic)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), betas=(cfg.beta1, cfg.beta2))
+    fused = torch.device(device).type in ('cuda', 'mps', 'cpu')         # one kernel for many tensors; else foreach
+    optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), betas=(cfg.beta1, cfg.beta2), fused=fused)
     if saved:
         try:
             optimizer.load_state_dict(saved['optimizer'])

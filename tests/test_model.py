@@ -338,18 +338,53 @@ def test_initial_weights_have_gpt2s_spread():
         assert p.std().item() == pytest.approx(std, rel=0.2), name
 
 
-def test_generate_is_the_plain_loop_and_leaves_training_untouched():
+def recomputed(model, idx, n, temperature, top_k, generator):
+    """What generate promises, without a cache: the whole context read again for each token."""
+    begin = max(0, idx.shape[1] - model.config.block_size)
+    for _ in range(n):
+        if idx.shape[1] - begin > model.config.block_size:          # the window is full: its last half begins anew
+            begin = idx.shape[1] - max(1, model.config.block_size // 2)
+        logits = model(idx[:, begin:])[0][:, -1]
+        if temperature == 0:
+            token = logits.argmax(dim=-1, keepdim=True)
+        else:
+            best, ids = logits.topk(top_k or logits.shape[1])
+            token = ids.gather(1, torch.multinomial((best / temperature).softmax(dim=-1), 1, generator=generator))
+        idx = torch.cat([idx, token], dim=1)
+    return idx
+
+
+@pytest.mark.parametrize('moe_layers, k, temperature, top_k, prompt, block_size', [
+    ((), 1, 0, None, 3, 16), ((), 1, 1.0, 5, 16, 16), ((0, 2), 1, 0, None, 1, 16), ((0, 2), 1, 0.7, None, 20, 16),
+    ((1,), 2, 0, None, 16, 16), ((1,), 2, 1.0, 5, 2, 5), ((0, 2), 1, 1.0, 1, 3, 2), ((), 1, 0.7, None, 1, 1)])
+def test_generating_with_a_cache_gives_the_tokens_of_reading_everything_again(moe_layers, k, temperature, top_k,
+                                                                              prompt, block_size):
+    model = new(replace(TINY, moe_layers=moe_layers, experts_per_token=k, block_size=block_size)).eval()
+    for p in model.parameters():
+        p.data *= 5                                                 # so that the context decides, not the last token
+    idx, (one, two) = tokens(3, prompt), (torch.Generator().manual_seed(1) for _ in range(2))
+    out = model.generate(idx, 30, temperature, top_k, one)
+    assert torch.equal(out, recomputed(model, idx, 30, temperature, top_k, two)) and out.shape == (3, prompt + 30)
+
+
+def test_a_cache_gives_the_logits_of_the_last_token():
+    model, idx = new(replace(TINY, experts_per_token=2)).eval(), tokens(2, 16)
+    cache, expected = model.new_cache(2), model(idx)[0]
+    torch.testing.assert_close(model(idx[:, :6], cache=cache)[0], expected[:, 5:6], rtol=0, atol=1e-12)
+    for i in range(6, 16):
+        logits, _, routing = model(idx[:, i:i + 1], cache=cache, start=i)
+        torch.testing.assert_close(logits, expected[:, i:i + 1], rtol=0, atol=1e-12)
+        assert routing[2].experts.shape == (2, 2)
+    with pytest.raises(AssertionError, match='one at a time'):
+        model(idx[:, :2], cache=cache, start=3)
+
+
+def test_generating_leaves_training_and_its_random_numbers_as_they_were():
     model, idx = new(replace(TINY, dropout=0.5)).train(), tokens(2, 3)
     state = torch.get_rng_state()
-    out = model.generate(idx, 20, temperature=0)
-    sampled = model.generate(idx, 20, top_k=5, generator=torch.Generator().manual_seed(1))
+    out = model.generate(idx, 20, generator=torch.Generator().manual_seed(1))
     assert torch.equal(torch.get_rng_state(), state) and model.training
-    assert torch.equal(model.generate(idx, 20, top_k=1, generator=torch.Generator()), out)
-    model.eval()
-    for i in range(3, 23):
-        last = model(sampled[:, max(0, i - 16):i])[0][:, -1]
-        assert all(sampled[b, i] in last[b].topk(5).indices for b in range(2))
-        assert torch.equal(out[:, i], model(out[:, max(0, i - 16):i])[0][:, -1].argmax(dim=-1))
+    assert torch.equal(out, model.eval().generate(idx, 20, generator=torch.Generator().manual_seed(1)))
 
 
 def test_losses_are_those_of_the_written_out_formula():
