@@ -75,13 +75,14 @@ class CausalSelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """x (B, T, C), cache (2, B, H, block_size, C/H): the keys and values of the start tokens before -> (B, T, C)."""
+        """x (B, T, C), cache (B, block_size, 2C): the keys and values of the start tokens before x -> (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B, H, T, C/H) each
-                   for t in self.c_attn(x).split(C, dim=2))
+        qkv = self.c_attn(x)
+        q, k, v = qkv.split(C, dim=2)                                               # (B, T, C) each
         if cache is not None:
-            cache[0, :, :, start:start + T], cache[1, :, :, start:start + T] = k, v
-            k, v = cache[:, :, :, :start + T]                                       # (B, H, start + T, C/H) each
+            cache[:, start:start + T] = qkv[:, :, C:]
+            k, v = cache[:, :start + T].split(C, dim=2)                             # (B, start + T, C) each
+        q, k, v = (t.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))     # (B, H, T, C/H)
         p = self.dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)   # (B, H, T, C/H)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -154,14 +155,14 @@ class MoE(nn.Module):
         inputs = x.index_select(0, order // k).split(counts)                        # gather
         # an expert without tokens is skipped: it gets no gradient and so no optimizer step
         outputs = [expert(rows) for expert, rows in zip(self.experts, inputs) if len(rows)]
-        y = x.new_empty(N * k, C).index_copy(0, order, torch.cat(outputs))          # back in (token, slot) order
+        y = x.new_empty(N * k, C).index_copy_(0, order, torch.cat(outputs))         # back in (token, slot) order
         return (routing.weights.unsqueeze(-1) * y.view(N, k, C)).sum(dim=1)         # each token's weighted sum
 
 
 def expert_counts(routing: Routing) -> Tensor:
     """(E,) how many (token, slot) pairs each expert got. Stays on the device, where bincount would wait for it."""
-    ids = torch.arange(routing.logits.shape[1], device=routing.experts.device)
-    return (routing.experts.flatten() == ids[:, None]).sum(dim=1)
+    ids = torch.arange(routing.logits.shape[-1], device=routing.experts.device)
+    return (routing.experts.flatten(-2).unsqueeze(-2) == ids[:, None]).sum(dim=-1)
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
@@ -170,14 +171,20 @@ def load_balance_loss(routing: Routing) -> Tensor:
 
     It is near 1 whenever the probabilities are near uniform, whatever the choices: look at the shares as well.
     """
-    f = expert_counts(routing) / routing.experts.numel()                            # (E,) has no gradient
-    P = routing.probs.mean(dim=0)                                                   # (E,) has one
-    return routing.probs.shape[1] * (f * P).sum()
+    (N, k), E = routing.experts.shape[-2:], routing.probs.shape[-1]
+    f = expert_counts(routing) / (N * k)                                            # (E,) has no gradient
+    P = routing.probs.mean(dim=-2)                                                  # (E,) has one
+    return E * (f * P).sum(dim=-1)
 
 
 def z_loss(routing: Routing) -> Tensor:
     """mean(logsumexp(logits)^2): keeps the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return routing.logits.logsumexp(dim=-1).square().mean()
+    return routing.logits.logsumexp(dim=-1).square().mean(dim=-1)
+
+
+def stacked(routing: dict[int, Routing]) -> Routing:
+    """The routing of several mixtures as one, a dimension for the layer in front; the functions above keep it."""
+    return Routing(*map(torch.stack, zip(*routing.values())))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -327,7 +334,7 @@ class GPT(nn.Module):
         end = start + T
         assert end <= self.config.block_size, f'{end} tokens do not fit block_size {self.config.block_size}'
         assert start == 0 or T == 1 and cache is not None, 'a cache that holds tokens is continued by one at a time'
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device)))    # (B, T, C)
+        x = self.drop(self.wte(idx) + self.wpe.weight[start:end])                       # (B, T, C)
         routing = {}
         for i, block in enumerate(self.h):
             x, r = block(x, router_noise, None if cache is None else cache[i], start)
@@ -406,11 +413,10 @@ class GPT(nn.Module):
             raise ValueError(f'{min(set(weights) - used)} has no place in this model')
 
     def new_cache(self, B: int) -> Tensor:
-        """Room for the keys and values of B sequences in every layer: (n_layer, 2, B, H, block_size, C/H)."""
-        c = self.config
-        return self.wte.weight.new_empty(c.n_layer, 2, B, c.n_head, c.block_size, c.n_embd // c.n_head)
+        """Room for the keys and values of B sequences in every layer: (n_layer, B, block_size, 2C)."""
+        return self.wte.weight.new_empty(self.config.n_layer, B, self.config.block_size, 2 * self.config.n_embd)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
                  generator: torch.Generator | None = None) -> Tensor:
         """Continues idx (B, T), B prompts of one length, by max_new_tokens tokens -> (B, T + max_new_tokens).

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
 from conftest import pack_safetensors as pack
@@ -71,6 +72,33 @@ def test_the_loop_over_sorted_tokens_equals_other_dispatches_in_outputs_and_all_
             assert idle and any(p is q for q in moe.experts[3].parameters())
             mine = torch.zeros_like(p)
         torch.testing.assert_close(mine, torch.zeros_like(p) if other is None else other, rtol=0, atol=1e-12)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run while it is entered, and how often a tensor is read to the host."""
+    def __enter__(self):
+        self.names, self.reads = set(), 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.names.add(op.overloadpacket.__name__)
+        self.reads += op.overloadpacket.__name__ in ('_local_scalar_dense', 'nonzero', 'bincount', 'masked_select')
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_a_mixture_reads_the_device_once_per_forward_pass_and_never_backward(k, monkeypatch):
+    model, seen = new(replace(TINY, experts_per_token=k, dropout=0.1)).train(), Operators()
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda t: (setattr(seen, 'reads', seen.reads + 1), tolist(t))[1])
+    with seen:
+        _, loss, routing = model(tokens(2, 16), tokens(2, 16, seed=1), router_noise=0.1)
+        loss = loss + sum(map(load_balance_loss, routing.values())) + sum(map(z_loss, routing.values()))
+    assert seen.reads == 2                                          # one for each of the two mixtures
+    with seen:
+        loss.backward()
+    assert seen.reads == 0 and 'index_add' in seen.names | {name.rstrip('_') for name in seen.names}
+    assert not {'index', 'index_put', '_index_put_impl_'} & seen.names     # their backward pass would sort
 
 
 @pytest.mark.parametrize('k', [1, 2, 4])
