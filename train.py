@@ -11,19 +11,25 @@ import json
 import math
 import os
 import signal
+import shutil
 import sys
 import time
+import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from statistics import fmean
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from config import configure, die
-from model import GPT, PRETRAINED, GPTConfig, expert_counts, load_balance_loss, pretrained_path, z_loss
+from model import GPT, PRETRAINED, GPTConfig, expert_counts, load_balance_loss, pretrained_path, stacked, z_loss
 from prepare import load_data
 
 
@@ -78,16 +84,20 @@ def windows(places: list[tuple[np.ndarray, int]], block_size: int, device: str) 
     return rows[:, :-1], rows[:, 1:]
 
 
-def get_batch(data: dict[str, np.ndarray], cfg: Config, step: int, m: int, device: str
-              ) -> tuple[Tensor, Tensor, list[str]]:
-    """Micro-batch m of a step: inputs and targets (batch_size, T), and the domains, which take turns. Sequence j of a
-    step depends on (seed, step, j) alone, so that a step takes the same ones however it is split or interrupted."""
-    domains, places = [], []
+def domains_of(step: int, cfg: Config, names: list[str]) -> list[str]:
+    """The domain of each sequence of a step: they take turns."""
+    n = cfg.batch_size * cfg.grad_accum_steps
+    return [names[(step * n + j) % len(names)] for j in range(n)]
+
+
+def get_batch(data: dict[str, np.ndarray], cfg: Config, step: int, m: int, device: str) -> tuple[Tensor, Tensor]:
+    """Micro-batch m of a step: inputs and targets, (batch_size, T) each. Sequence j of a step depends on (seed, step, j)
+    alone, so that a step takes the same ones however it is split, interrupted or spread over processes."""
+    places, domains = [], domains_of(step, cfg, list(data))
     for j in range(m * cfg.batch_size, (m + 1) * cfg.batch_size):
-        domains.append(list(data)[(step * cfg.batch_size * cfg.grad_accum_steps + j) % len(data)])
-        tokens = data[domains[-1]]
+        tokens = data[domains[j]]
         places.append((tokens, np.random.default_rng((cfg.seed, step, j)).integers(len(tokens) - cfg.block_size)))
-    return *windows(places, cfg.block_size, device), domains
+    return windows(places, cfg.block_size, device)
 
 
 def schedules(step: int, cfg: Config) -> tuple[float, float]:
@@ -100,14 +110,25 @@ def schedules(step: int, cfg: Config) -> tuple[float, float]:
     return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (cfg.max_steps - warmup))), noise
 
 
-def diverged(step: int, what: str, value: float, ckpt: str) -> NoReturn:
-    """Ends a run whose numbers are no longer finite, its last checkpoint left as it is."""
-    die(f'step {step}: the {what} is {value}; {ckpt} was left as it was; begin anew with a smaller --learning_rate and '
-        'another --out_dir')
-
-
 class Stopped(Exception):
     """A signal came; the step or evaluation under way was dropped. Not KeyboardInterrupt, which can come anywhere."""
+
+
+class Signals(list):
+    """A handler that keeps the signals that came, until train asks for them. Before it first asks, nothing has begun
+    and a signal ends the program; a second one always does."""
+    asked = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        if not self.asked:
+            print('stopped before anything began; the same command starts again')
+            sys.exit(128 + number)
+
+    def __bool__(self) -> bool:
+        self.asked = True
+        return len(self) > 0
 
 
 @torch.no_grad()
@@ -163,8 +184,9 @@ def print_step(row: dict, lms: list[float], domains: list[str], cfg: Config) -> 
     print(*parts, f' lr {row["lr"]:.1e}  {row["tokens_per_s"]:,.0f} tokens/s  {left} left')
 
 
-def save(path: str, state: dict) -> None:
+def save(path: str, state: dict, without: set[str] = frozenset()) -> None:
     """Writes a checkpoint beside the old one, then puts it in its place: there is always a whole one."""
+    state = {name: value for name, value in state.items() if name not in without}
     try:
         with open(path + '.tmp', 'wb') as f:
             torch.save(state, f)
@@ -177,12 +199,21 @@ def save(path: str, state: dict) -> None:
         die(f'{path} could not be written ({error}); an older one is untouched: make room and type the same command')
 
 
-def read_checkpoint(path: str, wanted: set[str] = frozenset(), **kwargs) -> dict:
-    """The one place where checkpoints are read: tensors and Python primitives, no code. Dies if that fails."""
+def read_checkpoint(path: str, wanted: dict[str, type] = {}, mmap: bool = False) -> dict:
+    """The one place where checkpoints are read: tensors and Python primitives, no code. Dies if that fails.
+
+    wanted: what it has to hold besides what all do. mmap leaves the tensors in the file, unread and unchecked.
+    """
+    wanted = {'format': int, 'step': int, 'model': dict, 'config': dict, 'data': dict, 'parent': dict | None, **wanted}
     try:
-        saved = torch.load(path, map_location='cpu', weights_only=True, **kwargs)
-        if missing := {'format', 'step', 'model', 'config', 'parent', 'data', *wanted} - saved.keys():
-            raise ValueError(f'it holds no {min(missing)}')
+        with zipfile.ZipFile(path) as file:                 # torch.load does not look at the checksums, read does
+            for name in file.namelist():
+                if name.endswith('.pkl') or not mmap:
+                    file.read(name)
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        for name, kind in wanted.items():
+            if not isinstance(saved[name], kind):
+                raise ValueError(f'{name} is {saved[name]!r:.50}')
     except Exception as error:                              # a damaged file makes torch.load raise almost anything
         die(f'{path} cannot be read as a checkpoint ({error!r:.200}); a damaged one has to be deleted')
     if saved['format'] != 1:
@@ -335,18 +366,85 @@ def pick_device(name: str) -> str:
     return name
 
 
+def check_finite(step: int, what: str, value: float, ckpt: str) -> None:
+    """Ends a run whose numbers are no longer finite, its last checkpoint left as it is."""
+    if not math.isfinite(value):
+        die(f'step {step}: the {what} is {value}; {ckpt} was left as it was; begin anew with a smaller --learning_rate '
+            'and another --out_dir')
+
+
+def join_processes(cfg: Config, device: str) -> tuple[int, int]:
+    """(this process's number, how many there are): more than one under torchrun."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1 and not dist.is_initialized():
+        if cfg.grad_accum_steps % world:
+            die(f'grad_accum_steps={cfg.grad_accum_steps} cannot be shared by {world} processes; set a multiple')
+        if device == 'cuda':
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+    return rank, world
+
+
+def agreed(stop: bool, step: int, device: str) -> bool:
+    """Whether any process was told to stop; all ask it at once, and at the same step."""
+    flags = torch.tensor([stop, step, -step], device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    stop, highest, lowest = flags.tolist()
+    if highest != step or -lowest != step:
+        die(f'the processes are at different steps, {-lowest} and {highest}: --out_dir must be one folder for all')
+    return bool(stop)
+
+
+def gathered(figures: Tensor, world: int) -> Tensor:
+    """The figures of every process's micro-batches, in the micro-batches' order."""
+    if world == 1:
+        return figures
+    parts = [torch.empty_like(figures) for _ in range(world)]
+    dist.all_gather(parts, figures)
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device, or the machine, says that it has no memory left."""
+    said = ('out of memory', "can't allocate memory", 'ALLOC_FAILED')
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
+def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, step: int, noise: float, device: str,
+              stop: list[int] = (), rank: int = 0, world: int = 1) -> Tensor:
+    """Adds up a step's gradients, over every world-th of its micro-batches from number rank on, and returns what they
+    were like, left on the device: (micro-batches, batch_size + 2), each sequence's LM loss, then balance and z."""
+    figures = []
+    for m in range(rank, cfg.grad_accum_steps, world):
+        if stop:
+            raise Stopped
+        # dropout and router noise depend on (seed, step, m) alone; seed + step would make seeds near copies
+        torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, m)).generate_state(1, np.uint64)[0]))
+        x, y = get_batch(data, cfg, step, m, device)
+        # processes exchange gradients in their last micro-batch; the context is for the forward pass as well
+        with model.no_sync() if m + world < cfg.grad_accum_steps and world > 1 else nullcontext():
+            # lm (B, T); the logits, which are large, are let go before the backward pass
+            lm, routing = model(x, y, router_noise=noise, reduction='none')[1:]
+            balance, z = (f(stacked(routing)).mean() if routing else lm.new_zeros(())           # over the mixtures
+                          for f in (load_balance_loss, z_loss))
+            loss = lm.mean() + cfg.balance_coef * balance + cfg.z_coef * z
+            (loss * world / cfg.grad_accum_steps).backward()            # the processes' gradients are averaged
+        figures.append(torch.cat([lm.mean(dim=1), balance[None], z[None]]).detach())
+    return torch.stack(figures)
+
+
 def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, stop: list[int] = ()) -> dict:
     """Runs cfg to its end, from its own checkpoint if out_dir holds one, and returns the last row of its log.
 
     named: the keys that a file or a flag set. model: trained in place of the one that cfg begins with.
     stop: a signal handler's list; once it holds a signal, what is under way is dropped, the state before it is saved
-    and Stopped is raised.
+    and Stopped is raised. Under torchrun the processes share each step's micro-batches.
     """
     # --- the run: finished, to go on, or new
     ckpt, best_pt, log = (os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'best.pt', 'log.jsonl'))
     saved, parent_model, step, best = None, None, 0, math.inf
     if os.path.exists(ckpt):
-        saved = read_checkpoint(ckpt, {'optimizer', 'best', 'split'})
+        saved = read_checkpoint(ckpt, {'optimizer': dict, 'best': float, 'split': dict})
         cfg = go_on(cfg, named, saved)
         step, best, parent, rows = saved['step'], saved['best'], saved['parent'], read_log(log)
         if step == cfg.max_steps and rows and rows[-1]['step'] == step and 'val' in rows[-1]:
@@ -368,11 +466,13 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
         die(f'{cfg.data_dir} has {meta["vocab_size"]} token ids ({meta["encoding"]}), the model has vocab_size='
             f'{cfg.vocab_size}; ' + ('name data prepared with the other --encoding' if parent else
                                      f'set --vocab_size={meta["vocab_size"]}'))
-    common = {'format': 1, 'config': asdict(cfg), 'parent': parent, 'data': meta,
-              'split': {'batch_size': cfg.batch_size, 'grad_accum_steps': cfg.grad_accum_steps}}
+    common = {'format': 1, 'config': asdict(cfg), 'parent': parent, 'data': meta}
+    if saved and cfg.batch_size == saved['config']['batch_size']:       # as asked then: go on at the split in use
+        cfg = replace(cfg, **saved['split'])
 
     # --- the device, the model on it, the optimizer
     device = pick_device(cfg.device)
+    rank, world = join_processes(cfg, device)
     if cfg.tf32 and not device.startswith('cuda'):
         die(f'tf32 is for NVIDIA GPUs and this is {device}; leave --tf32 out')
     torch.set_float32_matmul_precision('high' if cfg.tf32 else 'highest')
@@ -391,78 +491,100 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
     print(f'{device}, {"TF32" if cfg.tf32 else "fp32"}, {total:,} parameters, {active:,} of them active for a token')
     print(f'memory: weights {mb:,.1f} MB, gradients {mb:,.1f} MB, Adam {2 * mb:,.1f} MB, and activations; '
           f'a checkpoint takes {3 * mb:,.1f} MB')
-    write_log(log, read_log(log, before=step), 'w')                     # cut back to the checkpoint
-    seconds, steps = 0.0, 0                                             # spent on steps since the log's last row
+    write, keep = (write_log, save) if rank == 0 else (lambda *_: None,) * 2        # one process alone writes
+    write(log, read_log(log, before=step), 'w')                         # cut back to the checkpoint
+    if rank == 0 and (free := shutil.disk_usage(cfg.out_dir).free / 1e6) < 6 * mb:
+        die(f'{cfg.out_dir} has {free:,.1f} MB of disk left, two checkpoints take {6 * mb:,.1f} MB; make room, or name '
+            'another --out_dir')
+    # where experts are idle, some of a mixture's parameters get no gradient in any process
+    wrapped = DistributedDataParallel(model, find_unused_parameters=bool(cfg.moe_layers)) if world > 1 else model
+    seconds, steps, poll = 0.0, 0, () if world > 1 else stop            # spent on steps since the log's last row
 
     def checkpoint() -> dict:
         """All that the steps from here on depend on."""
-        return common | {'step': step, 'best': best, 'model': model.state_dict(), 'optimizer': optimizer.state_dict()}
+        return common | {'step': step, 'best': best, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+                         'split': {'batch_size': cfg.batch_size, 'grad_accum_steps': cfg.grad_accum_steps}}
+
+    def fitted(work: Callable) -> Any:
+        """What work() returns, done anew with smaller micro-batches for as long as it takes more memory than is there."""
+        nonlocal cfg
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if cfg.batch_size == 1 or world > 1:
+                    die(f'step {step}: out of memory with --batch_size={cfg.batch_size}' + ('; ask for less' if world > 1
+                        else f'; try --block_size={cfg.block_size // 2} --out_dir=<new>'
+                             + (f' --init_from={cfg.out_dir}' if os.path.exists(ckpt) else '')))
+            # only here, past the except block, is the traceback gone that holds on to the tensors
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            size = cfg.batch_size // 2 if cfg.batch_size % 2 == 0 else 1
+            cfg = replace(cfg, batch_size=size, grad_accum_steps=cfg.grad_accum_steps * cfg.batch_size // size)
+            print(f'out of memory: from here on --batch_size={size} --grad_accum_steps={cfg.grad_accum_steps}; '
+                  'the same command goes on like this, --resume=True with these two makes it what was asked for')
 
     # --- the loop
     try:
         if parent_model:
-            losses, _ = evaluate(parent_model.to(device), data['val'], cfg, device, stop)
+            losses, _ = fitted(lambda: evaluate(parent_model.to(device), data['val'], cfg, device, poll))
             print_evaluation('the parent', {domain: fmean(lms) for domain, lms in losses.items()}, {}, cfg)
             parent_model = None
         while True:
+            if world > 1 and agreed(bool(stop), step, device):
+                raise Stopped
+
             # evaluate, and keep what is needed to go on from here
             row, last = {'step': step}, step == cfg.max_steps
             if step % cfg.eval_interval == 0 or last:
-                losses, share = evaluate(model, data['val'], cfg, device, stop)
+                losses, share = fitted(lambda: evaluate(model, data['val'], cfg, device, poll))
                 val = {domain: fmean(lms) for domain, lms in losses.items()}
                 row |= {'val': val, 'val_mean': fmean(val.values()), 'share': share}    # of domains, not of windows
                 print_evaluation(f'step {step}', val, share, cfg)
-                if not math.isfinite(row['val_mean']):
-                    diverged(step, 'validation loss', row['val_mean'], ckpt)
+                check_finite(step, 'validation loss', row['val_mean'], ckpt)
                 if row['val_mean'] < best:
                     best = row['val_mean']
-                    save(best_pt, common | {'step': step, 'model': model.state_dict(), 'val': val})
+                    keep(best_pt, {**checkpoint(), 'val': val}, {'optimizer', 'best'})
             if last:
-                write_log(log, [row])
+                write(log, [row])
             if step % cfg.save_interval == 0 or last:
-                save(ckpt, checkpoint())
+                keep(ckpt, checkpoint())
             if last:
                 return row
 
             # one optimizer step, over grad_accum_steps micro-batches
             start = time.perf_counter()
-            (lr, noise), figures, domains = schedules(step, cfg), [], []
+            lr, noise = schedules(step, cfg)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            for m in range(cfg.grad_accum_steps):
-                if stop:
-                    raise Stopped
-                # dropout and router noise depend on (seed, step, m) alone; seed + step would make seeds near copies
-                torch.manual_seed(int(np.random.SeedSequence((cfg.seed, step, m)).generate_state(1, np.uint64)[0]))
-                x, y, names = get_batch(data['train'], cfg, step, m, device)
-                _, lm, routing = model(x, y, router_noise=noise, reduction='none')              # lm: (B, T)
-                balance, z = (sum(map(f, routing.values()), lm.new_zeros(())) / max(1, len(routing))
-                              for f in (load_balance_loss, z_loss))     # means over the mixtures, 0 when dense
-                loss = lm.mean() + cfg.balance_coef * balance + cfg.z_coef * z
-                (loss / cfg.grad_accum_steps).backward()
-                figures.append(torch.cat([lm.mean(dim=1), balance[None], z[None]]).detach())    # stay on the device
-                domains += names
+            figures = fitted(lambda: gradients(wrapped, data['train'], cfg, step, noise, device, poll, rank, world))
             grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
-            if not math.isfinite(grad_norm):
-                diverged(step, 'gradient', grad_norm, ckpt)
-            optimizer.step()
+            check_finite(step, 'gradient', grad_norm, ckpt)
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                die(f'step {step}: out of memory in the optimizer, the weights may be half changed; {ckpt} is as it was')
             optimizer.zero_grad()
             seconds, steps = seconds + time.perf_counter() - start, steps + 1
 
             # the log: loss is the LM loss alone, seconds are one step's
             if step % cfg.log_interval == 0 or 'val' in row:
-                figures = torch.stack(figures).cpu().double()                                   # (m, B + 2)
+                figures = gathered(figures, world).cpu().double()                               # (m, B + 2)
                 lms, (balance, z) = figures[:, :-2].flatten().tolist(), figures[:, -2:].mean(dim=0).tolist()
                 row |= {'loss': sum(lms) / len(lms), 'balance': balance, 'z': z, 'lr': lr, 'grad_norm': grad_norm,
                         'seconds': seconds / steps, 'tokens_per_s': len(lms) * cfg.block_size * steps / seconds}
-                write_log(log, [row])
+                write(log, [row])
                 if step % cfg.log_interval == 0:
-                    print_step(row, lms, domains, cfg)
+                    print_step(row, lms, domains_of(step, cfg, list(data['train'])), cfg)
                 seconds, steps = 0.0, 0
             step += 1
     except Stopped:
         if not parent_model:                                            # else nothing has begun: it will start over
-            save(ckpt, checkpoint())
+            keep(ckpt, checkpoint())
         print(f'stopped at step {step}; the same command goes on from there')
         raise
 
@@ -471,10 +593,12 @@ if __name__ == '__main__':
     sys.stdout.reconfigure(line_buffering=True, errors='replace')       # a terminal without block characters shows ?
     config, named = configure(Config, sys.argv[1:])
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)                       # train.py | head: end without a traceback
-    caught = []                                                         # the second signal ends the process at once
+    caught = Signals()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
+        signal.signal(number, caught)
+    if int(os.environ.get('RANK', 0)):
+        sys.stdout = open(os.devnull, 'w')                              # of several processes one alone prints
     try:
         train(config, named, stop=caught)
     except Stopped:
-        sys.exit(128 + caught[0])
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['OMP_NUM_THREADS'] = '1'     # tiny tensors: threads would only wait for one another, long on a busy machine
+
+import torch                                                                        # noqa: E402
 
 import model                                                                        # noqa: E402
 import prepare                                                                      # noqa: E402

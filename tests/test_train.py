@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,15 @@ class After:
         return self.n < 0
 
 
+class Logged:
+    """Stands for a signal that comes once a step is in the log."""
+    def __init__(self, cfg, step):
+        self.cfg, self.step = cfg, step
+
+    def __bool__(self):
+        return self.step in [row['step'] for row in log(self.cfg)]
+
+
 def load(cfg, name='ckpt.pt'):
     return torch.load(Path(cfg.out_dir) / name, weights_only=True)
 
@@ -41,18 +51,18 @@ def log(cfg):
     return [{k: v for k, v in row.items() if k not in ('seconds', 'tokens_per_s')} for row in rows]
 
 
-def assert_same(a, b):
+def assert_same(a, b, where=()):
     """Equal to the last bit, tensors and all."""
     if isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a:
-            assert_same(a[key], b[key])
+            assert_same(a[key], b[key], (*where, key))
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
         for x, y in zip(a, b):
-            assert_same(x, y)
+            assert_same(x, y, where)
     else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 def refused(message, capsys, run, *args, **kwargs):
@@ -74,8 +84,8 @@ def test_a_step_takes_the_same_sequences_however_it_is_split_and_each_domain_equ
         for batch_size, accum in [(1, 6), (2, 3), (6, 1)]:
             c = replace(cfg, batch_size=batch_size, grad_accum_steps=accum)
             batches = [train.get_batch(data['train'], c, step, m, 'cpu') for m in range(accum)]
-            by_split.append((torch.cat([x for x, _, _ in batches]), torch.cat([y for _, y, _ in batches]),
-                             [d for _, _, names in batches for d in names]))
+            by_split.append((torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]),
+                             train.domains_of(step, c, list(data['train']))))
         for other in by_split[1:]:
             assert_same(by_split[0], other)
         x, y, names = by_split[0]
@@ -419,9 +429,9 @@ def file_in_the_way(cfg):
     (None, dict(tf32=True), 'tf32 is for NVIDIA GPUs'),
     (damage_ckpt, {}, 'ckpt.pt cannot be read as a checkpoint'),
     (newer_format, {}, 'has format 2, newer than this code'),
-    (empty_ckpt, {}, 'ckpt.pt cannot be read as a checkpoint (EOFError'),
+    (empty_ckpt, {}, 'ckpt.pt cannot be read as a checkpoint (BadZipFile'),
     (hostile_ckpt, {}, 'cannot be read as a checkpoint'),
-    (best_as_ckpt, {}, 'it holds no best'),
+    (best_as_ckpt, {}, "KeyError('optimizer')"),
     (damage_log, {}, 'log.jsonl is damaged'),
     (other_optimizer, {}, 'holds another optimizer'),
     (other_shape, {}, 'h.1.mlp.router.weight'),
@@ -472,6 +482,88 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(cfg,
     monkeypatch.setattr(train, 'get_batch', poisoned)
     refused('step 5: the gradient is nan', capsys, train.train, cfg, model=model)
     assert load(cfg)['step'] == 4 and all(p.isfinite().all() for p in load(cfg)['model'].values())
+
+
+def short_of_memory(monkeypatch, fits, at=lambda step, m: (step, m) == (2, 2), name='get_batch', error=None):
+    """As if micro-batches of more than `fits` sequences were too much in micro-batch 2 of step 2."""
+    original, seen = getattr(train, name), {}
+
+    def limited(data, c, step, m, device):
+        if at(step, m) and c.batch_size > fits:
+            held = torch.zeros(1)
+            seen['held'] = weakref.ref(held)
+            raise error or torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB')
+        assert not seen or seen['held']() is None           # what the failed step held on to is gone
+        return original(data, c, step, m, device)
+    monkeypatch.setattr(train, name, limited)
+
+
+@pytest.mark.parametrize('batch_size, accum, fits, split', [
+    (2, 4, 1, (1, 8)), (4, 3, 2, (2, 6)), (4, 3, 1, (1, 12)), (6, 3, 3, (3, 6)), (6, 3, 2, (1, 18)), (3, 3, 2, (1, 9))])
+def test_out_of_memory_halves_the_micro_batch_and_takes_the_same_steps(batch_size, accum, fits, split, cfg, capsys,
+                                                                       monkeypatch, tmp_path):
+    cfg = replace(cfg, dropout=0.0, router_noise=0.0, balance_coef=0.0, z_coef=0.0, batch_size=batch_size,
+                  grad_accum_steps=accum, max_steps=4)
+    small = replace(cfg, batch_size=split[0], grad_accum_steps=split[1], out_dir=str(tmp_path / 'small'))
+    train.train(small)
+    short_of_memory(monkeypatch, fits)
+    with pytest.raises(train.Stopped):
+        train.train(cfg, stop=Logged(cfg, 2))
+    saved = load(cfg)
+    assert saved['split'] == dict(zip(('batch_size', 'grad_accum_steps'), split)) and saved['step'] == 3
+    assert (saved['config']['batch_size'], saved['config']['grad_accum_steps']) == (batch_size, accum)
+    assert f'from here on --batch_size={split[0]} --grad_accum_steps={split[1]};' in capsys.readouterr().out
+    monkeypatch.undo()
+    train.train(cfg)                                        # the same command goes on at the smaller split
+    assert load(cfg)['split'] == saved['split']
+    norms = [[row['grad_norm'] for row in log(c)[:-1]] for c in (cfg, small)]
+    assert len(norms[0]) == 4 and norms[0] == pytest.approx(norms[1], rel=1e-3)
+    for name, p in load(cfg)['model'].items():
+        torch.testing.assert_close(p, load(small)['model'][name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('change, error, message', [
+    (dict(batch_size=1), None, 'step 2: out of memory with --batch_size=1; try --block_size=8 --out_dir=<new> --init_from='),
+    (dict(batch_size=1), RuntimeError('MPS backend out of memory (MPS allocated: 1 GB)'), 'step 2: out of memory'),
+    (dict(batch_size=1), RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'step 2: out of memory'),
+    (dict(batch_size=1), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'), 'step 2: out of memory')])
+def test_a_single_sequence_that_does_not_fit_ends_the_run(change, error, message, cfg, capsys, monkeypatch):
+    short_of_memory(monkeypatch, 0, at=lambda step, m: (step, m) == (2, 1), error=error)
+    refused(message, capsys, train.train, replace(cfg, **change))
+    assert load(cfg)['step'] == 0
+
+
+def test_other_errors_keep_their_traceback(cfg, monkeypatch):
+    short_of_memory(monkeypatch, 0, error=RuntimeError('shapes cannot be multiplied'), at=lambda step, m: step == 1)
+    with pytest.raises(RuntimeError, match='shapes cannot be multiplied'):
+        train.train(cfg)
+
+
+def test_out_of_memory_in_the_optimizer_ends_the_run_and_names_the_checkpoint(cfg, capsys, monkeypatch):
+    def step(self):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    refused('step 0: out of memory in the optimizer', capsys, train.train, cfg)
+    assert load(cfg)['step'] == 0
+
+
+def test_too_little_disk_for_two_checkpoints_is_refused_before_the_first(cfg, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    refused('has 0.1 MB of disk left, two checkpoints take', capsys, train.train, cfg)
+    assert not Path(cfg.out_dir, 'ckpt.pt').exists()
+
+
+def test_a_signal_ends_the_program_while_loading_and_is_kept_for_the_loop_later(monkeypatch, capsys):
+    installed = []
+    monkeypatch.setattr(signal, 'signal', lambda number, handler: installed.append((number, handler)))
+    caught = train.Signals()
+    with pytest.raises(SystemExit) as stop:
+        caught(signal.SIGTERM, None)
+    assert stop.value.code == 143 and 'the same command starts again' in capsys.readouterr().out
+    caught = train.Signals()
+    assert not caught
+    caught(signal.SIGINT, None)
+    assert caught and installed == [(signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.SIG_DFL)]
 
 
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint(tmp_path, capsys, monkeypatch):
