@@ -146,7 +146,6 @@ def step(model: GPT, optimizer: torch.optim.Optimizer, cfg: train.Config, device
     train.gradients(model, DATA, cfg, 0, 0.0, device)
     float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
     optimizer.step()
-    optimizer.zero_grad()
 
 
 def counted(run: Callable) -> tuple[int, int]:
@@ -254,7 +253,6 @@ def memory_part(cfg: Config, device: str) -> dict:
     P, gradients = (sum(t.nbytes for t in each if t is not None)
                     for each in (model.parameters(), [p.grad for p in model.parameters()]))
     optimizer.step()
-    optimizer.zero_grad()
     adam, held = sum(t.nbytes for state in optimizer.state.values() for t in state.values()), used()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = model(*train.get_batch(DATA, c, 0, 0, device))[1]

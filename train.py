@@ -410,10 +410,32 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
+def fitted(work: Callable[[Config], Any], cfg: Config, step: int, ckpt: str) -> tuple[Any, Config]:
+    """(what work(cfg) returns, cfg), both with smaller micro-batches where larger ones take more memory than is there."""
+    while True:
+        try:
+            return work(cfg), cfg
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if cfg.batch_size == 1 or dist.is_initialized():
+                die(f'step {step}: out of memory with --batch_size={cfg.batch_size}' + (
+                    '; several processes need a smaller one from the start' if dist.is_initialized() else
+                    f'; try --block_size={cfg.block_size // 2} --out_dir=<new>'
+                    + (f' --init_from={cfg.out_dir}' if os.path.exists(ckpt) else '')))
+        # only here, past the except block, is the traceback gone that holds on to the tensors
+        torch.cuda.empty_cache()
+        size = cfg.batch_size // 2 if cfg.batch_size % 2 == 0 else 1
+        cfg = replace(cfg, batch_size=size, grad_accum_steps=cfg.grad_accum_steps * cfg.batch_size // size)
+        print(f'out of memory: from here on --batch_size={size} --grad_accum_steps={cfg.grad_accum_steps}; the same '
+              'command goes on like this, and --resume=True with these two makes it what was asked for')
+
+
 def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, step: int, noise: float, device: str,
               stop: list[int] = (), rank: int = 0, world: int = 1) -> Tensor:
-    """Adds up a step's gradients, over every world-th of its micro-batches from number rank on, and returns what they
-    were like, left on the device: (micro-batches, batch_size + 2), each sequence's LM loss, then balance and z."""
+    """Sets the gradients to a step's, over every world-th of its micro-batches from number rank on, and returns what
+    these were like, left on the device: (micro-batches, batch_size + 2), each sequence's LM loss, then balance and z."""
+    model.zero_grad()                                                   # and what a step left that ran out of memory
     figures = []
     for m in range(rank, cfg.grad_accum_steps, world):
         if stop:
@@ -505,31 +527,11 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
         return common | {'step': step, 'best': best, 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
                          'split': {'batch_size': cfg.batch_size, 'grad_accum_steps': cfg.grad_accum_steps}}
 
-    def fitted(work: Callable) -> Any:
-        """What work() returns, done anew with smaller micro-batches for as long as it takes more memory than is there."""
-        nonlocal cfg
-        while True:
-            try:
-                return work()
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if cfg.batch_size == 1 or world > 1:
-                    die(f'step {step}: out of memory with --batch_size={cfg.batch_size}' + ('; ask for less' if world > 1
-                        else f'; try --block_size={cfg.block_size // 2} --out_dir=<new>'
-                             + (f' --init_from={cfg.out_dir}' if os.path.exists(ckpt) else '')))
-            # only here, past the except block, is the traceback gone that holds on to the tensors
-            optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            size = cfg.batch_size // 2 if cfg.batch_size % 2 == 0 else 1
-            cfg = replace(cfg, batch_size=size, grad_accum_steps=cfg.grad_accum_steps * cfg.batch_size // size)
-            print(f'out of memory: from here on --batch_size={size} --grad_accum_steps={cfg.grad_accum_steps}; '
-                  'the same command goes on like this, --resume=True with these two makes it what was asked for')
-
     # --- the loop
     try:
         if parent_model:
-            losses, _ = fitted(lambda: evaluate(parent_model.to(device), data['val'], cfg, device, poll))
+            (losses, _), cfg = fitted(lambda c: evaluate(parent_model.to(device), data['val'], c, device, poll),
+                                      cfg, step, ckpt)
             print_evaluation('the parent', {domain: fmean(lms) for domain, lms in losses.items()}, {}, cfg)
             parent_model = None
         while True:
@@ -539,7 +541,7 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
             # evaluate, and keep what is needed to go on from here
             row, last = {'step': step}, step == cfg.max_steps
             if step % cfg.eval_interval == 0 or last:
-                losses, share = fitted(lambda: evaluate(model, data['val'], cfg, device, poll))
+                (losses, share), cfg = fitted(lambda c: evaluate(model, data['val'], c, device, poll), cfg, step, ckpt)
                 val = {domain: fmean(lms) for domain, lms in losses.items()}
                 row |= {'val': val, 'val_mean': fmean(val.values()), 'share': share}    # of domains, not of windows
                 print_evaluation(f'step {step}', val, share, cfg)
@@ -559,7 +561,8 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
             lr, noise = schedules(step, cfg)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            figures = fitted(lambda: gradients(wrapped, data['train'], cfg, step, noise, device, poll, rank, world))
+            figures, cfg = fitted(lambda c: gradients(wrapped, data['train'], c, step, noise, device, poll, rank, world),
+                                  cfg, step, ckpt)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
             check_finite(step, 'gradient', grad_norm, ckpt)
             try:
@@ -568,7 +571,6 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
                 if not out_of_memory(error):
                     raise
                 die(f'step {step}: out of memory in the optimizer, the weights may be half changed; {ckpt} is as it was')
-            optimizer.zero_grad()
             seconds, steps = seconds + time.perf_counter() - start, steps + 1
 
             # the log: loss is the LM loss alone, seconds are one step's
