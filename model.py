@@ -53,7 +53,7 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f'n_head must divide n_embd={self.n_embd}, {self.n_head} does not')
         layers = set(self.moe_layers)
-        if not layers <= set(range(self.n_layer)) or len(layers) < len(self.moe_layers):
+        if not all(0 <= i < self.n_layer for i in layers) or len(layers) < len(self.moe_layers):
             raise ValueError(f'moe_layers must be different numbers from 0 to {self.n_layer - 1}, '
                              f'not {self.moe_layers}')
         if self.experts_per_token > self.n_experts:
@@ -229,6 +229,8 @@ class Safetensors(Mapping):
                 if name in self.places:
                     raise ValueError(f'{name} is there twice')
                 if not re.search(r'\.attn\.(masked_)?bias$', name):             # causal masks, not weights
+                    if 0 in shape or not 1 <= len(shape) <= 2:
+                        raise ValueError(f'{name} has shape {shape}')
                     self.places[name] = dtype, shape, begin
             if end != size:
                 raise ValueError(f'it has {size:,} bytes, its header speaks of {end:,}')

@@ -199,6 +199,22 @@ def save(path: str, state: dict, without: set[str] = frozenset()) -> None:
         die(f'{path} could not be written ({error}); an older one is untouched: make room and type the same command')
 
 
+def check_checkpoint(saved: dict, wanted: dict[str, type]) -> None:
+    """Raises for what no run has left: other types, keys or ranges, parts that contradict each other."""
+    for name, kind in wanted.items():
+        if not isinstance(saved[name], kind) or saved[name] is True:
+            raise ValueError(f'{name} is {saved[name]!r:.50}')
+    config, parent = asdict(Config(**saved['config'])), saved['parent'] or {'path': '', 'sha256': '', 'gave': {}}
+    odd = [key for key, value in config.items() if type(value) is not type(getattr(Config, key))]
+    odd += [key for key, value in parent['gave'].items() if config[key] != value]
+    sizes, other = ([at[key] for key in ('batch_size', 'grad_accum_steps')] for at in (config, saved.get('split', config)))
+    if odd or saved['step'] < 0 or math.prod(sizes) != math.prod(other) or not all(type(n) is int and n > 0 for n in other):
+        raise ValueError(f'{(odd + ["step or split"])[0]} cannot be so')
+    if not all(type(text) is str for text in (parent['path'], parent['sha256'], saved['data']['encoding'])):
+        raise ValueError('parent or data is not text')
+    json.dumps([config, parent, saved['data']])                         # primitives alone
+
+
 def read_checkpoint(path: str, wanted: dict[str, type] = {}, mmap: bool = False) -> dict:
     """The one place where checkpoints are read: tensors and Python primitives, no code. Dies if that fails.
 
@@ -211,9 +227,8 @@ def read_checkpoint(path: str, wanted: dict[str, type] = {}, mmap: bool = False)
                 if name.endswith('.pkl') or not mmap:
                     file.read(name)
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-        for name, kind in wanted.items():
-            if not isinstance(saved[name], kind):
-                raise ValueError(f'{name} is {saved[name]!r:.50}')
+        if saved['format'] == 1:
+            check_checkpoint(saved, wanted)
     except Exception as error:                              # a damaged file makes torch.load raise almost anything
         die(f'{path} cannot be read as a checkpoint ({error!r:.200}); a damaged one has to be deleted')
     if saved['format'] != 1:
@@ -224,7 +239,10 @@ def read_checkpoint(path: str, wanted: dict[str, type] = {}, mmap: bool = False)
 def restore(saved: dict, path: str, model: GPT | None = None) -> GPT:
     """The model that was saved, or the given one with its weights; dies if they do not fit."""
     try:
-        model = model or GPT.empty(GPTConfig(**{f.name: saved['config'][f.name] for f in fields(GPTConfig)}))
+        config = GPTConfig(**{f.name: saved['config'][f.name] for f in fields(GPTConfig)})
+        if config.n_layer + len(config.moe_layers) * config.n_experts > len(saved['model']):
+            raise ValueError('there are too few tensors')       # before room is made for as many as it says
+        model = model or GPT.empty(config)
         model.load_state_dict(saved['model'])
         return model
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -339,7 +357,7 @@ def read_log(path: str, before: float = math.inf) -> list[dict]:
         return [row for row in rows if row['step'] < before]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         die(f'{path} is damaged ({error!r:.200}); mend it, or delete it to go on without the rows so far')
 
 
@@ -505,8 +523,12 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
     optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), betas=(cfg.beta1, cfg.beta2), fused=fused)
     if saved:
         try:
-            optimizer.load_state_dict(saved['optimizer'])
-        except (KeyError, TypeError, ValueError) as error:
+            groups = zip(optimizer.state_dict()['param_groups'], saved['optimizer']['param_groups'], strict=True)
+            groups = [ours | {'lr': theirs['lr']} for ours, theirs in groups]       # all else is as the config says
+            optimizer.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
+            if any(t.shape not in ((), p.shape) for p, state in optimizer.state.items() for t in state.values()):
+                raise ValueError('its tensors have other shapes')
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             die(f'{ckpt} holds another optimizer ({error!r:.200}); delete it to start that run again')
     total, active = model.count_parameters()
     mb = 4 * total / 1e6

@@ -349,7 +349,7 @@ def damage_ckpt(cfg):
 
 def newer_format(cfg):
     train.train(cfg)
-    torch.save(load(cfg) | {'format': 2}, Path(cfg.out_dir, 'ckpt.pt'))
+    torch.save({'format': 2, 'weights': load(cfg)['model']}, Path(cfg.out_dir, 'ckpt.pt'))
 
 
 def empty_ckpt(cfg):
@@ -372,7 +372,15 @@ def damage_log(cfg):
 
 
 def other_optimizer(cfg):
-    other_shape(cfg, lambda saved: saved['optimizer'].update(param_groups=[]))
+    other_shape(cfg, lambda saved: saved['optimizer']['state'][0].update(exp_avg=torch.zeros(3)))
+
+
+def odd(**change):
+    """A checkpoint that PyTorch loads and no run has left."""
+    def prepare(cfg):
+        other_shape(cfg, lambda saved: saved.update({k: {**saved[k], **v} if type(v) is dict else v
+                                                     for k, v in change.items()}))
+    return prepare
 
 
 def other_shape(cfg, change=lambda saved: saved['model'].pop('h.1.mlp.router.weight')):
@@ -434,6 +442,14 @@ def file_in_the_way(cfg):
     (best_as_ckpt, {}, "KeyError('optimizer')"),
     (damage_log, {}, 'log.jsonl is damaged'),
     (other_optimizer, {}, 'holds another optimizer'),
+    (odd(step='4'), {}, "step is '4'"),
+    (odd(step=-1), {}, 'step or split cannot be so'),
+    (odd(split={'batch_size': 3}), {}, 'step or split cannot be so'),
+    (odd(config={'max_steps': '8'}), {}, 'cannot be read as a checkpoint'),
+    (odd(config={'tf32': 0}), {}, 'tf32 cannot be so'),
+    (odd(config={'n_layer': 2**30}, parent=None), dict(n_layer=2**30), 'there are too few tensors'),
+    (odd(config={'surprise': 1}), {}, "unexpected keyword argument 'surprise'"),
+    (odd(data={'domains': torch.zeros(2)}), {}, 'not JSON serializable'),
     (other_shape, {}, 'h.1.mlp.router.weight'),
     (other_data, {}, 'changed since'),
     (damage_data, {}, 'sums_val.bin is not the file that meta.json describes'),
