@@ -375,6 +375,16 @@ def other_optimizer(cfg):
     other_shape(cfg, lambda saved: saved['optimizer']['state'][0].update(exp_avg=torch.zeros(3)))
 
 
+def flipped_bit(cfg):
+    """PyTorch loads it all the same, and goes on from another step."""
+    other_shape(cfg, lambda saved: None)
+    path, step = Path(cfg.out_dir, 'ckpt.pt'), load(cfg)['step']
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b'K', raw.index(b'\4\0\0\0step')) + 1] ^= 1
+    path.write_bytes(raw)
+    assert load(cfg)['step'] == step ^ 1
+
+
 def odd(**change):
     """A checkpoint that PyTorch loads and no run has left."""
     def prepare(cfg):
@@ -442,6 +452,7 @@ def file_in_the_way(cfg):
     (best_as_ckpt, {}, "KeyError('optimizer')"),
     (damage_log, {}, 'log.jsonl is damaged'),
     (other_optimizer, {}, 'holds another optimizer'),
+    (flipped_bit, {}, 'Bad CRC-32'),
     (odd(step='4'), {}, "step is '4'"),
     (odd(step=-1), {}, 'step or split cannot be so'),
     (odd(split={'batch_size': 3}), {}, 'step or split cannot be so'),
