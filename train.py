@@ -207,8 +207,10 @@ def check_checkpoint(saved: dict, wanted: dict[str, type]) -> None:
     config, parent = asdict(Config(**saved['config'])), saved['parent'] or {'path': '', 'sha256': '', 'gave': {}}
     odd = [key for key, value in config.items() if type(value) is not type(getattr(Config, key))]
     odd += [key for key, value in parent['gave'].items() if config[key] != value]
-    sizes, other = ([at[key] for key in ('batch_size', 'grad_accum_steps')] for at in (config, saved.get('split', config)))
-    if odd or saved['step'] < 0 or math.prod(sizes) != math.prod(other) or not all(type(n) is int and n > 0 for n in other):
+    asked = {key: config[key] for key in ('batch_size', 'grad_accum_steps')}
+    split = saved.get('split', asked)
+    odd += ['split'] * (split.keys() != asked.keys() or not all(type(n) is int and n > 0 for n in split.values()))
+    if odd or saved['step'] < 0 or math.prod(split.values()) != math.prod(asked.values()):
         raise ValueError(f'{(odd + ["step or split"])[0]} cannot be so')
     if not all(type(text) is str for text in (parent['path'], parent['sha256'], saved['data']['encoding'])):
         raise ValueError('parent or data is not text')
@@ -353,7 +355,8 @@ def read_log(path: str, before: float = math.inf) -> list[dict]:
     """The log's rows of the steps before that one; a last line that was torn off is left out."""
     try:
         with open(path, encoding='utf-8') as f:
-            rows = [json.loads(line) for line in f if line.endswith('}\n')]
+            # a run ends before it logs what is not finite, so int may refuse NaN and Infinity
+            rows = [json.loads(line, parse_constant=int) for line in f if line.endswith('}\n')]
         return [row for row in rows if row['step'] < before]
     except (FileNotFoundError, NotADirectoryError):
         return []

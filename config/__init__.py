@@ -15,7 +15,7 @@ KINDS = {bool: ('True or False', {'True': True, 'False': False}.__getitem__),   
 
 def die(message: str) -> NoReturn:
     """Ends the program with one line that says what the user can do; exit code 2."""
-    print(message, file=sys.stderr)
+    print(*message.splitlines(), file=sys.stderr)               # names and values in it may hold line breaks
     sys.exit(2)
 
 

@@ -371,6 +371,12 @@ def damage_log(cfg):
     Path(cfg.out_dir, 'log.jsonl').write_bytes(b'\0\xff{}\n')
 
 
+def nan_in_log(cfg):
+    train.train(cfg)
+    path = Path(cfg.out_dir, 'log.jsonl')
+    path.write_text(path.read_text().replace('"val_mean": ', '"val_mean": NaN, "was": '))
+
+
 def other_optimizer(cfg):
     other_shape(cfg, lambda saved: saved['optimizer']['state'][0].update(exp_avg=torch.zeros(3)))
 
@@ -456,6 +462,9 @@ def file_in_the_way(cfg):
     (odd(step='4'), {}, "step is '4'"),
     (odd(step=-1), {}, 'step or split cannot be so'),
     (odd(split={'batch_size': 3}), {}, 'step or split cannot be so'),
+    (odd(split={'batch_size': 4, 'grad_accum_steps': 1, '..': 1}), {}, 'split cannot be so'),
+    (nan_in_log, {}, 'log.jsonl is damaged'),
+    (None, dict(init_from='a\nb'), 'a b holds no run'),
     (odd(config={'max_steps': '8'}), {}, 'cannot be read as a checkpoint'),
     (odd(config={'tf32': 0}), {}, 'tf32 cannot be so'),
     (odd(config={'n_layer': 2**30}, parent=None), dict(n_layer=2**30), 'there are too few tensors'),
