@@ -357,10 +357,12 @@ def read_log(path: str, before: float = math.inf) -> list[dict]:
         with open(path, encoding='utf-8') as f:
             # a run ends before it logs what is not finite, so int may refuse NaN and Infinity
             rows = [json.loads(line, parse_constant=int) for line in f if line.endswith('}\n')]
+        for row in rows:                                    # numbers where numbers belong, or TypeError
+            sum(row.get('val', {}).values()) + sum(sum(s) for d in row.get('share', {}).values() for s in d.values())
         return [row for row in rows if row['step'] < before]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         die(f'{path} is damaged ({error!r:.200}); mend it, or delete it to go on without the rows so far')
 
 

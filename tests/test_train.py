@@ -371,10 +371,13 @@ def damage_log(cfg):
     Path(cfg.out_dir, 'log.jsonl').write_bytes(b'\0\xff{}\n')
 
 
-def nan_in_log(cfg):
-    train.train(cfg)
-    path = Path(cfg.out_dir, 'log.jsonl')
-    path.write_text(path.read_text().replace('"val_mean": ', '"val_mean": NaN, "was": '))
+def in_log(old, new):
+    """A finished run in whose log something reads otherwise."""
+    def change(cfg):
+        train.train(cfg)
+        path = Path(cfg.out_dir, 'log.jsonl')
+        path.write_text(path.read_text().replace(old, new))
+    return change
 
 
 def other_optimizer(cfg):
@@ -463,7 +466,9 @@ def file_in_the_way(cfg):
     (odd(step=-1), {}, 'step or split cannot be so'),
     (odd(split={'batch_size': 3}), {}, 'step or split cannot be so'),
     (odd(split={'batch_size': 4, 'grad_accum_steps': 1, '..': 1}), {}, 'split cannot be so'),
-    (nan_in_log, {}, 'log.jsonl is damaged'),
+    (in_log('"val_mean": ', '"val_mean": NaN, "was": '), {}, 'log.jsonl is damaged'),
+    (in_log('"val": {', '"val": {"sum": "1", '), {}, 'log.jsonl is damaged'),
+    (in_log('"share": {', '"share": {"9": 1, '), {}, 'log.jsonl is damaged'),
     (None, dict(init_from='a\nb'), 'a b holds no run'),
     (odd(config={'max_steps': '8'}), {}, 'cannot be read as a checkpoint'),
     (odd(config={'tf32': 0}), {}, 'tf32 cannot be so'),
