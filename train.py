@@ -6,6 +6,7 @@
     python train.py config/tiny.py --seed=1         the same command again goes on where it stopped
 """
 
+import fcntl
 import hashlib
 import json
 import math
@@ -91,8 +92,8 @@ def domains_of(step: int, cfg: Config, names: list[str]) -> list[str]:
 
 
 def get_batch(data: dict[str, np.ndarray], cfg: Config, step: int, m: int, device: str) -> tuple[Tensor, Tensor]:
-    """Micro-batch m of a step: inputs and targets, (batch_size, T) each. Sequence j of a step depends on (seed, step, j)
-    alone, so that a step takes the same ones however it is split, interrupted or spread over processes."""
+    """Micro-batch m of a step: inputs and targets, (batch_size, T) each. Sequence j of a step depends on
+    (seed, step, j) alone: a step takes the same ones however it is split, interrupted or spread over processes."""
     places, domains = [], domains_of(step, cfg, list(data))
     for j in range(m * cfg.batch_size, (m + 1) * cfg.batch_size):
         tokens = data[domains[j]]
@@ -217,12 +218,13 @@ def check_checkpoint(saved: dict, wanted: dict[str, type]) -> None:
     json.dumps([config, parent, saved['data']])                         # primitives alone
 
 
-def read_checkpoint(path: str, wanted: dict[str, type] = {}, mmap: bool = False) -> dict:
+def read_checkpoint(path: str, wanted: dict[str, type] | None = None, mmap: bool = False) -> dict:
     """The one place where checkpoints are read: tensors and Python primitives, no code. Dies if that fails.
 
     wanted: what it has to hold besides what all do. mmap leaves the tensors in the file, unread and unchecked.
     """
-    wanted = {'format': int, 'step': int, 'model': dict, 'config': dict, 'data': dict, 'parent': dict | None, **wanted}
+    wanted = {'format': int, 'step': int, 'model': dict, 'config': dict, 'data': dict, 'parent': dict | None,
+              **(wanted or {})}
     try:
         with zipfile.ZipFile(path) as file:                 # torch.load does not look at the checksums, read does
             for name in file.namelist():
@@ -396,6 +398,19 @@ def check_finite(step: int, what: str, value: float, ckpt: str) -> None:
             'and another --out_dir')
 
 
+def claim(out_dir: str) -> int:
+    """Keeps other programs from writing to the run's folder until what this returns is closed; dies if one does."""
+    lock = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        die(f'{out_dir} is being trained by another program; wait for it, stop it, or name another --out_dir')
+    except OSError:
+        pass                                                    # some network disks have no locks
+    return lock
+
+
 def join_processes(cfg: Config, device: str) -> tuple[int, int]:
     """(this process's number, how many there are): more than one under torchrun."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -434,7 +449,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def fitted(work: Callable[[Config], Any], cfg: Config, step: int, ckpt: str) -> tuple[Any, Config]:
-    """(what work(cfg) returns, cfg), both with smaller micro-batches where larger ones take more memory than is there."""
+    """(what work(cfg) returns, cfg), both with smaller micro-batches where larger ones find no memory."""
     while True:
         try:
             return work(cfg), cfg
@@ -457,7 +472,7 @@ def fitted(work: Callable[[Config], Any], cfg: Config, step: int, ckpt: str) -> 
 def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, step: int, noise: float, device: str,
               stop: list[int] = (), rank: int = 0, world: int = 1) -> Tensor:
     """Sets the gradients to a step's, over every world-th of its micro-batches from number rank on, and returns what
-    these were like, left on the device: (micro-batches, batch_size + 2), each sequence's LM loss, then balance and z."""
+    these were like, left on the device: (micro-batches, batch_size + 2), each sequence's LM loss, balance and z."""
     model.zero_grad()                                                   # and what a step left that ran out of memory
     figures = []
     for m in range(rank, cfg.grad_accum_steps, world):
@@ -541,10 +556,12 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
     print(f'memory: weights {mb:,.1f} MB, gradients {mb:,.1f} MB, Adam {2 * mb:,.1f} MB, and activations; '
           f'a checkpoint takes {3 * mb:,.1f} MB')
     write, keep = (write_log, save) if rank == 0 else (lambda *_: None,) * 2        # one process alone writes
-    write(log, read_log(log, before=step), 'w')                         # cut back to the checkpoint
+    write(log, [])                                                      # makes the folder, or says that it cannot
     if rank == 0 and (free := shutil.disk_usage(cfg.out_dir).free / 1e6) < 6 * mb:
         die(f'{cfg.out_dir} has {free:,.1f} MB of disk left, two checkpoints take {6 * mb:,.1f} MB; make room, or name '
             'another --out_dir')
+    lock = claim(cfg.out_dir) if rank == 0 else os.open(os.devnull, os.O_RDONLY)
+    write(log, read_log(log, before=step), 'w')                         # cut back to the checkpoint
     # where experts are idle, some of a mixture's parameters get no gradient in any process
     wrapped = DistributedDataParallel(model, find_unused_parameters=bool(cfg.moe_layers)) if world > 1 else model
     seconds, steps, poll = 0.0, 0, () if world > 1 else stop            # spent on steps since the log's last row
@@ -588,8 +605,8 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
             lr, noise = schedules(step, cfg)
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            figures, cfg = fitted(lambda c: gradients(wrapped, data['train'], c, step, noise, device, poll, rank, world),
-                                  cfg, step, ckpt)
+            figures, cfg = fitted(
+                lambda c: gradients(wrapped, data['train'], c, step, noise, device, poll, rank, world), cfg, step, ckpt)
             grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
             check_finite(step, 'gradient', grad_norm, ckpt)
             try:
@@ -597,7 +614,7 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                die(f'step {step}: out of memory in the optimizer, the weights may be half changed; {ckpt} is as it was')
+                die(f'step {step}: out of memory in the optimizer, weights may be half changed; {ckpt} is as it was')
             seconds, steps = seconds + time.perf_counter() - start, steps + 1
 
             # the log: loss is the LM loss alone, seconds are one step's
@@ -616,6 +633,8 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
             keep(ckpt, checkpoint())
         print(f'stopped at step {step}; the same command goes on from there')
         raise
+    finally:
+        os.close(lock)
 
 
 if __name__ == '__main__':

@@ -27,9 +27,9 @@ def configure(Config: type, argv: list[str]) -> tuple[Any, set[str]]:
         if arg in ('-h', '--help'):
             print(usage(Config))
             sys.exit(0)
-        flag, (key, equals, text) = arg.startswith('--'), arg[2:].partition('=')
+        flag, (name, equals, text) = arg.startswith('--'), arg[2:].partition('=')
         where = 'command line' if flag else arg
-        for key, value in [(key, text if equals else True)] if flag else read_file(arg):
+        for key, value in [(name, text if equals else True)] if flag else read_file(arg):
             if key not in kinds:
                 near = difflib.get_close_matches(key, kinds, 1)
                 die(f'{where}: unknown key {key!r}' + (f', did you mean {near[0]}?' if near else ': --help lists all'))

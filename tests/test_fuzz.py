@@ -62,8 +62,8 @@ def outcome(run, *args):
 def fuzz(cfg, data, tmp_path, monkeypatch):
     """fuzz(attempt) hands it one random generator after another, each time in a new copy of a folder that holds data,
     GPT-2's weights and a run that began with them."""
-    def fuzz(attempt, times=int(os.environ.get('FUZZ', 6))):
-        for seed in range(times):
+    def fuzz(attempt):
+        for seed in range(int(os.environ.get('FUZZ', 6))):
             os.chdir(tmp_path)
             shutil.rmtree('work', ignore_errors=True)
             os.chdir(shutil.copytree('pristine', 'work'))

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from conftest import ROOT
 from test_train import assert_same, load, log
@@ -20,8 +19,8 @@ CODES = {signal.SIGKILL: {-9}, signal.SIGINT: {130, -2}, signal.SIGTERM: {143, -
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(cfg, tmp_path):
-    flags = dict(init_from='scratch', data_dir=cfg.data_dir, device='cpu', vocab_size=257, n_layer=2, n_head=2, n_embd=32,
-                 block_size=32, dropout=0.1, moe_layers='1', n_experts=4, experts_per_token=2, batch_size=2,
+    flags = dict(init_from='scratch', data_dir=cfg.data_dir, device='cpu', vocab_size=257, n_layer=2, n_head=2,
+                 n_embd=32, block_size=32, dropout=0.1, moe_layers='1', n_experts=4, experts_per_token=2, batch_size=2,
                  grad_accum_steps=3, max_steps=90, learning_rate=1e-2, log_interval=7, eval_interval=20, eval_windows=8,
                  save_interval=15)
 

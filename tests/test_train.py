@@ -98,7 +98,7 @@ def test_a_step_takes_the_same_sequences_however_it_is_split_and_each_domain_equ
     assert not torch.equal(one, two)
 
 
-def test_schedules():
+def test_the_rate_rises_straight_then_follows_a_cosine_and_the_noise_falls_in_a_quarter():
     cfg = train.Config(max_steps=100, learning_rate=1.0, warmup_fraction=0.1, router_noise=0.2)
     rates = [train.schedules(step, cfg)[0] for step in range(100)]
     assert rates[0] == pytest.approx(1 / 11) and rates[9] == pytest.approx(10 / 11) and rates[10] == 1
@@ -446,8 +446,8 @@ def file_in_the_way(cfg):
     (None, dict(moe_layers=(2,)), 'moe_layers must be different numbers from 0 to 1'),
     (None, dict(init_from='out/none'), 'out/none holds no run'),
     (None, dict(init_from='gpt2'), 'or do without: python train.py config/tiny_dense.py'),
-    (None, dict(init_from='gpt2-xl'), '/gpt2-xl/resolve/15ea56dee5df4983c59b2538573817e1667135e2/model.safetensors could'),
-    (None, dict(init_from='gpt2-xs'), 'gpt2-xs holds no run (no best.pt, no ckpt.pt), nor is it a file or one of gpt2, '),
+    (None, dict(init_from='gpt2-xl'), '/gpt2-xl/resolve/15ea56dee5df4983c59b2538573817e1667135e2/model.safetensors '),
+    (None, dict(init_from='gpt2-xs'), 'gpt2-xs holds no run (no best.pt, no ckpt.pt), nor is it a file or one of '),
     (None, dict(init_from=str(ROOT / 'README.md')), 'README.md cannot be read as a checkpoint'),
     (None, dict(resume=True), 'holds no run to resume'),
     (None, dict(device='abacus'), 'device=abacus cannot be used'),
@@ -564,7 +564,7 @@ def test_out_of_memory_halves_the_micro_batch_and_takes_the_same_steps(batch_siz
 
 
 @pytest.mark.parametrize('change, error, message', [
-    (dict(batch_size=1), None, 'step 2: out of memory with --batch_size=1; try --block_size=8 --out_dir=<new> --init_from='),
+    (dict(batch_size=1), None, 'step 2: out of memory with --batch_size=1; try --block_size=8 --out_dir=<new> --init'),
     (dict(batch_size=1), RuntimeError('MPS backend out of memory (MPS allocated: 1 GB)'), 'step 2: out of memory'),
     (dict(batch_size=1), RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'step 2: out of memory'),
     (dict(batch_size=1), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'), 'step 2: out of memory')])
@@ -605,6 +605,19 @@ def test_a_signal_ends_the_program_while_loading_and_is_kept_for_the_loop_later(
     assert not caught
     caught(signal.SIGINT, None)
     assert caught and installed == [(signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.SIG_DFL)]
+
+
+def test_a_second_program_in_the_folder_of_a_run_is_refused(cfg, capsys):
+    class Asked(list):
+        """At the first look for a signal, another program begins the same run."""
+        def __bool__(self):
+            other = subprocess.run([sys.executable, '-c', f'import train; train.train(train.{replace(cfg)!r})'],
+                                   cwd=ROOT, capture_output=True, text=True)
+            assert other.returncode == 2 and 'is being trained by another program' in other.stderr
+            return True
+    with pytest.raises(train.Stopped):
+        train.train(cfg, stop=Asked())
+    assert train.train(cfg)['step'] == cfg.max_steps                # afterwards the folder is free
 
 
 def test_a_disk_that_fills_up_leaves_the_old_checkpoint(tmp_path, capsys, monkeypatch):
