@@ -13,7 +13,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -457,3 +457,34 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             groups[0 if p.dim() == 2 and not name.endswith('router.weight') else 1]['params'].append(p)
         return groups
+
+
+if __name__ == '__main__':      # a worked example: a parent of one block, upcycled to 3 experts, reads 8 bytes
+    torch.manual_seed(3)
+    text = b'to be or'
+    idx, targets = torch.tensor([list(text)]), torch.tensor([list(text[1:] + b' ')])             # (1, T) each
+    parent = GPT(GPTConfig(block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=32))
+    child = GPT.empty(replace(parent.config, moe_layers=(0,), n_experts=3))
+    child.load_weights(parent.state_dict())
+    moe = child.h[0].mlp
+
+    logits, loss, routings = child(idx, targets)
+    routing = routings[0]
+    print('token  probability of expert 0, 1, 2   goes to  weight')
+    for byte, probs, expert, weight in zip(text, routing.probs, routing.experts, routing.weights):
+        print(f'{chr(byte)!r:6}', *(f'{p:9.3f}' for p in probs), f'{expert.item():12}', f'{weight.item():10.1f}')
+    print('tokens of each expert', expert_counts(routing).tolist())
+    print(f'LM loss {loss:.4f}, balance loss {load_balance_loss(routing):.4f}, z-loss {z_loss(routing):.4f}')
+    difference = (logits - parent(idx)[0]).abs().max()
+    print(f'largest difference between the logits of child and parent {difference:.1e}')
+
+    def renormalised(x: Tensor, noise: float) -> Routing:
+        """What Mixtral's rule makes of k = 1: the probability divided by itself."""
+        routing = MoE.route(moe, x, noise)
+        p = routing.probs.gather(1, routing.experts)
+        return routing._replace(weights=p / p.sum(dim=-1, keepdim=True))
+
+    for name, route in (('straight-through', moe.route), ('renormalised', renormalised)):
+        moe.route = route
+        gradient, = torch.autograd.grad(child(idx, targets)[1], moe.router.weight)
+        print(f'gradient of the LM loss in the router, {name} weight: {gradient.norm():.1e}')

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import socket
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
+from conftest import ROOT
 from conftest import pack_safetensors as pack
 from model import GPT, MLP, GPTConfig, MoE, Routing, Safetensors, expert_counts, load_balance_loss, z_loss
 
@@ -199,7 +202,8 @@ def test_a_forgotten_transpose_of_the_square_projection_would_be_seen():
 
 
 @pytest.mark.parametrize('overrides', [
-    dict(moe_layers=(1,)), dict(moe_layers=(0, 1), n_experts=3, experts_per_token=2), dict(block_size=12, moe_layers=(0,))])
+    dict(moe_layers=(1,)), dict(moe_layers=(0, 1), n_experts=3, experts_per_token=2),
+    dict(block_size=12, moe_layers=(0,))])
 def test_pretrained_weights_upcycle_exactly_in_the_same_call(overrides):
     model = GPT.from_pretrained(str(FIXTURES / 'tiny_gpt2.safetensors'), n_head=4, dropout=0.3, **overrides)
     expected, prompt = torch.tensor(HF['logits']), torch.tensor(HF['prompt'])
@@ -315,7 +319,7 @@ def routing_of(probs, k):
     ([[1., 0, 0, 0]] * 3, 1, 4),                                                                  # collapse: E / k
     ([[.5, .5, 0, 0]] * 3, 2, 2),
     ([[.26, .25, .25, .24]] * 3, 1, 1.04)])                                     # collapse that the loss hardly shows
-def test_balance_loss(probs, k, expected):
+def test_balance_loss_is_one_at_balance_and_the_formula_elsewhere(probs, k, expected):
     routing = routing_of(probs, k)
     assert load_balance_loss(routing).item() == pytest.approx(expected, rel=1e-6)
     assert torch.autograd.grad(load_balance_loss(routing), routing.probs)[0].abs().max() > 0
@@ -326,7 +330,7 @@ def test_imbalances_of_two_layers_do_not_cancel():
     assert sum(map(load_balance_loss, opposite)) / 2 == 2
 
 
-def test_z_loss():
+def test_z_loss_is_the_mean_squared_logsumexp_of_the_clean_logits():
     logits = torch.tensor([[0., 0.], [math.log(3), 0.]])
     assert z_loss(Routing(logits, None, None, None)).item() == pytest.approx((math.log(2)**2 + math.log(4)**2) / 2)
 
@@ -496,3 +500,16 @@ def test_an_accelerator_computes_what_the_cpu_does():
             optimizer.step()
         for mine, other in zip(*results, strict=True):
             torch.testing.assert_close(other.cpu(), mine, rtol=1e-3, atol=1e-5)
+
+
+def test_the_worked_example_shows_what_the_readme_says_of_it():
+    command = [sys.executable, ROOT / 'model.py']
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line in lines[1:9]:
+        *probs, expert, weight = map(float, line[6:].split())
+        assert probs[int(expert)] == max(probs) and weight == 1 and sum(probs) == pytest.approx(1, abs=2e-3)
+    counts = [sum(int(line.split()[-2]) == e for line in lines[1:9]) for e in range(3)]
+    assert lines[9] == f'tokens of each expert {counts}'
+    difference, gradient, without = (float(line.split()[-1]) for line in lines[11:14])
+    assert difference < 1e-6 and gradient > 1e-3 and without < 1e-6 * gradient
+    assert all(f'    {line}' in (ROOT / 'README.md').read_text() for line in lines[:10])
