@@ -92,7 +92,7 @@ def test_impossible_values_name_their_key(flag, capsys):
     assert stop.value.code == 2 and f'{flag.split("=")[0]} must be at least' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('script', ['prepare.py', 'train.py', 'sample.py', 'bench.py'])
+@pytest.mark.parametrize('script', ['prepare.py', 'train.py', 'sample.py', 'bench.py', 'experiment.py'])
 def test_help_names_every_key_on_one_screen(script):
     out = subprocess.run([sys.executable, ROOT / script, '--help'], capture_output=True, text=True, check=True).stdout
     lines = out.splitlines()
@@ -113,7 +113,7 @@ def test_ci_runs_the_readmes_test_command_and_every_command_in_the_readme_can_be
     readme = (ROOT / 'README.md').read_text()
     test_command = next(line for line in readme.splitlines() if line.endswith('pytest -q')).strip()
     assert test_command in (ROOT / '.ci/run').read_text().splitlines()
-    commands = re.findall(r'python (train|prepare|sample|bench)\.py((?: [^\s`&#]+)*)', readme)
+    commands = re.findall(r'python (train|prepare|sample|bench|experiment)\.py((?: [^\s`&#]+)*)', readme)
     assert len(commands) > 8
     for script, argv in commands:
         argv = [str(ROOT / arg) if arg.endswith('.py') else arg for arg in argv.split() if arg != '--help']
