@@ -60,7 +60,7 @@ def where(moe: MoE, x: Tensor, routing: Routing) -> Tensor:
     y = torch.zeros_like(x)
     for i, expert in enumerate(moe.experts):
         token, slot = torch.where(routing.experts == i)                 # how many? the host waits for the device
-        y[token] += routing.weights[token, slot, None] * expert(x[token])
+        y[token] += routing.weights[token, slot, None] * expert(x[token])      # of none: a gradient of 0, not None
     return y
 
 
@@ -178,7 +178,7 @@ def step_part(cfg: Config, device: str) -> dict:
         f'an optimizer step on {math.prod(splits[0]) * block:,} tokens, split into sequences x micro-batches',
         [{'split': '{}x{}'.format(*s), 'precision': p} | beside({n: ms[s, p, n] for n in names})
          for s in splits for p in precisions],
-        "where: mistral-inference's loop. this: model.py's. x: times dense; the seed estimated 1.01 to 1.04.",
+        "where: mistral-inference's loop. this: model.py's. x: times dense; the original estimated 1.01 to 1.04.",
         *['Few tokens: Adam, with twice the parameters to update, weighs more than in a real step.'][:cfg.quick],
         *['Launches, waits for the device, TF32: CUDA only.'][cuda:])}
     if not cuda:
@@ -197,7 +197,7 @@ def step_part(cfg: Config, device: str) -> dict:
     changed = 100 * (chosen[0] != chosen[1]).float().mean().item()
     return tables | {
         'launches': show('one micro-batch, forward and backward, and a step of {}x{}'.format(*splits[0]), counts,
-                         'The seed estimated 128 launches more than dense.'),
+                         'The original estimated 128 launches more than dense.'),
         'tf32': show('what TF32 changes', [{'routing choices': chosen[0].numel(), 'others than in fp32 %': changed}])}
 
 
@@ -269,7 +269,7 @@ def memory_part(cfg: Config, device: str) -> dict:
         f'memory to train on {N:,} tokens at a time, GB',
         [{'what': what, 'measured': m / 1e9, 'arithmetic': a and a / 1e9} for what, m, a in rows],
         f'activations: 4 bytes x {N:,} tokens x (16 C per layer + 2 C per mixture + vocab_size); a CPU also keeps',
-        "attention's T x T matrices and dropout's noise. The seed estimated 3.3 to 3.5 GB in all.")}
+        "attention's T x T matrices and dropout's noise. The original estimated 3.3 to 3.5 GB in all.")}
 
 
 @torch.no_grad()

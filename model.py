@@ -155,7 +155,8 @@ class MoE(nn.Module):
         inputs = x.index_select(0, order // k).split(counts)                        # gather
         # an expert without tokens is skipped: it gets no gradient and so no optimizer step
         outputs = [expert(rows) for expert, rows in zip(self.experts, inputs) if len(rows)]
-        y = x.new_empty(N * k, C).index_copy_(0, order, torch.cat(outputs))         # back in (token, slot) order
+        # back in (token, slot) order; each pair has one place, so nothing is added up before the next line
+        y = x.new_empty(N * k, C).index_copy_(0, order, torch.cat(outputs))
         return (routing.weights.unsqueeze(-1) * y.view(N, k, C)).sum(dim=1)         # each token's weighted sum
 
 
@@ -390,14 +391,14 @@ class GPT(nn.Module):
         """Copies a parent's weights into this model, by name.
 
         Where this model has a mixture and the parent an MLP, the MLP is upcycled (arXiv 2212.05055, section 3): every
-        expert becomes a copy of it, plus noise of expert_noise * the std of each tensor, and the router is new.
+        expert becomes a copy of it, plus noise of expert_noise * the std of each tensor, and the router is drawn anew.
         Positions beyond block_size are cut off. Raises ValueError naming a missing, left-over or misshapen tensor.
         """
         used = set()
         for name, p in self.named_parameters():
             dense = re.sub(r'\.mlp\.experts\.\d+\.', '.mlp.', name)                   # its name in a dense parent
             if name.endswith('mlp.router.weight') and name.replace('router', 'c_fc') in weights:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=0.02)            # not zeros: of equal probabilities topk takes the same experts
                 continue
             source = name if name in weights else dense
             if source not in weights:

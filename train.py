@@ -168,7 +168,8 @@ def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: Config
             print(f'    layer {layer:>2} {domain:>10.10} ', *cells)
         mean = np.mean(list(domains.values()), axis=0)
         most = min(1.0, max(mean) * cfg.experts_per_token)              # as a share of tokens, not of choices
-        if most > max(0.6, 1.2 * cfg.experts_per_token / cfg.n_experts):
+        even = cfg.experts_per_token / cfg.n_experts
+        if most > even + 0.5 * (1 - even):                              # more than half way from even to all
             print(f'    WARNING: in layer {layer} expert {mean.argmax()} takes {most:.0%} of the tokens (collapse)')
         if not mean.all():
             print(f'    WARNING: in layer {layer} no token goes to expert', *np.flatnonzero(mean == 0))

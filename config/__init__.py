@@ -1,4 +1,5 @@
-"""Settings: a dataclass's defaults < config files < --key=value flags, from left to right. Knows nothing of torch."""
+"""Settings: a dataclass's defaults, then config files and --key=value flags as they stand on the command line, the
+later one winning. Knows nothing of torch."""
 
 import difflib
 import inspect

@@ -88,7 +88,7 @@ def test_a_split_by_key_keeps_groups_together_and_the_default_is_a_draw_of_docum
 
 @pytest.mark.parametrize('text', ['', 'plain', 'h\u00e9 \u4f60\u597d \U0001f600', 'a\r\nb\n\n\x00\x1b', '<|endoftext|>',
                                   'x' * 5000 + '\n'])
-def test_bytes_round_trip(text):
+def test_every_text_comes_back_from_its_bytes(text):
     encoding = get_encoding('bytes')
     tokens = encoding.encode_ordinary(text)
     assert tokens == list(text.encode()) and encoding.decode(tokens) == text
@@ -284,7 +284,7 @@ VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or ROOT / '../shared/tikt
 
 @pytest.mark.skipif(not (VOCABULARY / '6d1cbeee0f20b3d9449abfede4726ed8212e3aee').exists(),
                     reason="GPT-2's vocabulary is not in TIKTOKEN_CACHE_DIR")
-def test_gpt2_encoding(text, tmp_path, monkeypatch):
+def test_the_gpt2_encoding_is_tiktokens(text, tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(VOCABULARY))
     assert get_encoding('gpt2').encode('Hello, I am a language model,') == [15496, 11, 314, 716, 257, 3303, 2746, 11]
     meta = prepare.prepare(Config(source=str(text), out=str(tmp_path)))

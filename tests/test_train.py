@@ -192,7 +192,7 @@ def test_best_pt_holds_the_step_with_the_lowest_validation_loss(cfg):
     ([.7, .1, .1, .1], 1, ['expert 0 takes 70% of the tokens']),
     ([.0, .5, .5, .0], 1, ['no token goes to expert 0 3']),
     ([.3, .4, .2, .1], 2, ['expert 1 takes 80% of the tokens']),
-    ([.25, .25, .3, .2], 2, [])])
+    ([.31, .25, .24, .2], 2, [])])                                  # even is 50% of the tokens
 def test_collapse_and_idle_experts_are_called_out(share, k, warnings, capsys):
     cfg = train.Config(n_experts=4, experts_per_token=k)
     train.print_evaluation('step 1', {'a': 1.0, 'b': 3.0}, {'2': {'a': share, 'b': share}}, cfg)
