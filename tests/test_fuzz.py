@@ -58,12 +58,15 @@ def outcome(run, *args):
         signal.alarm(0)
 
 
+TIMES = int(os.environ.get('FUZZ', 4))
+
+
 @pytest.fixture
 def fuzz(cfg, data, tmp_path, monkeypatch):
     """fuzz(attempt) hands it one random generator after another, each time in a new copy of a folder that holds data,
     GPT-2's weights and a run that began with them."""
-    def fuzz(attempt):
-        for seed in range(int(os.environ.get('FUZZ', 6))):
+    def fuzz(attempt, times=TIMES):
+        for seed in range(times):
             os.chdir(tmp_path)
             shutil.rmtree('work', ignore_errors=True)
             os.chdir(shutil.copytree('pristine', 'work'))

@@ -611,9 +611,9 @@ def test_a_second_program_in_the_folder_of_a_run_is_refused(cfg, capsys):
     class Asked(list):
         """At the first look for a signal, another program begins the same run."""
         def __bool__(self):
-            other = subprocess.run([sys.executable, '-c', f'import train; train.train(train.{replace(cfg)!r})'],
-                                   cwd=ROOT, capture_output=True, text=True)
-            assert other.returncode == 2 and 'is being trained by another program' in other.stderr
+            with pytest.raises(SystemExit) as stopped:
+                train.train(cfg)
+            assert stopped.value.code == 2 and 'is being trained by another program' in capsys.readouterr().err
             return True
     with pytest.raises(train.Stopped):
         train.train(cfg, stop=Asked())
