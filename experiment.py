@@ -16,6 +16,7 @@ import keyword
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -353,13 +354,15 @@ def draw(rows: list[dict], scale: str) -> None:
         from matplotlib import pyplot as plt
     except ImportError:
         die('--draw needs matplotlib: pip install matplotlib, then the same command')
+    if not any(row['arm'] == 'top1' for row in rows):
+        die(f'--draw shows top1 beside other arms; python experiment.py --scale={rows[0]["scale"]} --arms=top1 runs it')
     plt.rcParams.update(dict.fromkeys(['text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color'],
                                       'grey') | {'savefig.transparent': True, 'savefig.dpi': 150, 'font.size': 9})
 
     def lines(axis, names: str, title: str, value) -> None:
         """Each arm's mean over seeds in a band from its smallest to its largest; value(row) gives [[step, number]]."""
         for arm, (colour, dash) in STYLES.items():
-            series = [value(row) for row in rows if row['arm'] == arm and arm in names]
+            series = [value(row) for row in rows if row['arm'] == arm and arm in names.split()]
             if series:
                 steps, numbers = np.array(series)[0, :, 0], np.array(series)[:, :, 1]
                 axis.plot(steps, numbers.mean(axis=0), dash, color=colour, label=arm)
@@ -404,9 +407,11 @@ def main(cfg: Config, stop: list[int]) -> None:
         die(f'{cfg.scale} has no arm {min(set(wanted) - set(table))}; its arms are {", ".join(table)}')
     if cfg.scale == 'tiny':
         torch.set_num_threads(1)
-    code = [subprocess.run(['git', *command.split()], capture_output=True, text=True)
-            for command in ('rev-parse --short HEAD', 'diff --quiet HEAD -- *.py')]
-    commit = code[0].stdout.strip() + '-changed' * code[1].returncode
+    commit = ''
+    if shutil.which('git'):
+        head, changed = (subprocess.run(['git', *command.split()], capture_output=True, text=True)
+                         for command in ('rev-parse --short HEAD', 'diff --quiet HEAD -- *.py'))
+        commit = head.stdout.strip() + '-changed' * (changed.returncode == 1)
     for key in ({'scale': scale, 'arm': arm, 'seed': seed} for seed in cfg.seeds for arm in wanted):
         change, name = table[key['arm']][1], '_'.join(map(str, key.values()))
         start = replace(base, seed=key['seed'], out_dir='out/experiment/' + re.sub(r'[^\w.]+', '_', name))

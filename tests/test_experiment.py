@@ -190,6 +190,7 @@ def test_mistakes_end_in_one_line(small, change, expected, capsys):
 
 def test_the_readmes_results_are_the_tables_of_the_rows():
     readme, rows = (ROOT / 'README.md').read_text(), experiment.read_rows(ROOT / 'assets/results.json')
+    assert {'tiny', 'gpt2 --data_dir=data/corpus'} == {row['scale'] for row in rows}
     for part in experiment.tables(rows).split('\n\n'):
         assert part.strip() in readme
 
@@ -200,6 +201,10 @@ def test_pictures_are_drawn_from_the_rows(small, monkeypatch, capsys):
         experiment.main(replace(small, draw=True), [])
     assert 'pip install matplotlib' in capsys.readouterr().err
     pytest.importorskip('matplotlib')
+    experiment.main(replace(small, seeds=(0,), arms='twin', results='twin.json'), [])
+    with pytest.raises(SystemExit):
+        experiment.main(replace(small, draw=True, results='twin.json'), [])
+    assert '--arms=top1 runs it' in capsys.readouterr().err
     experiment.main(replace(small, draw=True), [])
     for name in ('losses', 'experts', 'balance'):
         assert open(f'assets/tiny_{name}.png', 'rb').read(8) == b'\x89PNG\r\n\x1a\n'

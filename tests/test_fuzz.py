@@ -58,7 +58,7 @@ def outcome(run, *args):
         signal.alarm(0)
 
 
-TIMES = int(os.environ.get('FUZZ', 4))
+TIMES = int(os.environ.get('FUZZ', 6))
 
 
 @pytest.fixture

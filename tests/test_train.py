@@ -446,8 +446,10 @@ def file_in_the_way(cfg):
     (None, dict(moe_layers=(2,)), 'moe_layers must be different numbers from 0 to 1'),
     (None, dict(init_from='out/none'), 'out/none holds no run'),
     (None, dict(init_from='gpt2'), 'or do without: python train.py config/tiny_dense.py'),
-    (None, dict(init_from='gpt2-xl'), '/gpt2-xl/resolve/15ea56dee5df4983c59b2538573817e1667135e2/model.safetensors '),
-    (None, dict(init_from='gpt2-xs'), 'gpt2-xs holds no run (no best.pt, no ckpt.pt), nor is it a file or one of '),
+    (None, dict(init_from='gpt2-xl'),
+     '/gpt2-xl/resolve/15ea56dee5df4983c59b2538573817e1667135e2/model.safetensors could'),
+    (None, dict(init_from='gpt2-xs'),
+     'gpt2-xs holds no run (no best.pt, no ckpt.pt), nor is it a file or one of gpt2, '),
     (None, dict(init_from=str(ROOT / 'README.md')), 'README.md cannot be read as a checkpoint'),
     (None, dict(resume=True), 'holds no run to resume'),
     (None, dict(device='abacus'), 'device=abacus cannot be used'),
@@ -564,7 +566,8 @@ def test_out_of_memory_halves_the_micro_batch_and_takes_the_same_steps(batch_siz
 
 
 @pytest.mark.parametrize('change, error, message', [
-    (dict(batch_size=1), None, 'step 2: out of memory with --batch_size=1; try --block_size=8 --out_dir=<new> --init'),
+    (dict(batch_size=1), None,
+     'step 2: out of memory with --batch_size=1; try --block_size=8 --out_dir=<new> --init_from='),
     (dict(batch_size=1), RuntimeError('MPS backend out of memory (MPS allocated: 1 GB)'), 'step 2: out of memory'),
     (dict(batch_size=1), RuntimeError("DefaultCPUAllocator: can't allocate memory"), 'step 2: out of memory'),
     (dict(batch_size=1), RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED'), 'step 2: out of memory')])
