@@ -398,9 +398,10 @@ def main(cfg: Config, stop: list[int]) -> None:
     scale = ' '.join([cfg.scale, *(f'--{key}={value}' for key, value in given.items() if value)])
     rows, base = read_rows(cfg.results), base_config(scale)
     if cfg.table or cfg.draw:
-        if not any(row['scale'] == scale for row in rows):
+        shown = rows if cfg.table else [row for row in rows if row['scale'] == scale]
+        if not shown:
             die(f'{cfg.results} holds no rows of this scale; python experiment.py --scale={scale} makes them')
-        return print(tables(rows)) if cfg.table else draw([row for row in rows if row['scale'] == scale], cfg.scale)
+        return print(tables(shown)) if cfg.table else draw(shown, cfg.scale)
     table = arms(base)
     wanted = list(table) if cfg.arms == 'all' else cfg.arms.split(',')
     if not set(wanted) <= set(table):

@@ -205,6 +205,11 @@ def test_pictures_are_drawn_from_the_rows(small, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         experiment.main(replace(small, draw=True, results='twin.json'), [])
     assert '--arms=top1 runs it' in capsys.readouterr().err
+    with pytest.raises(SystemExit):                                 # of another scale
+        experiment.main(replace(small, draw=True, init_from='elsewhere'), [])
+    assert 'holds no rows of this scale' in capsys.readouterr().err
+    experiment.main(replace(small, table=True, init_from='elsewhere'), [])           # the tables are of every scale
+    assert '| top1 |' in capsys.readouterr().out
     experiment.main(replace(small, draw=True), [])
     for name in ('losses', 'experts', 'balance'):
         assert open(f'assets/tiny_{name}.png', 'rb').read(8) == b'\x89PNG\r\n\x1a\n'
