@@ -15,7 +15,7 @@ moe_layers = ()
 
 batch_size = 8
 grad_accum_steps = 1
-max_steps = 8000        # under six minutes on an NVIDIA H200
+max_steps = 8000        # six minutes on an NVIDIA H200
 learning_rate = 6e-4
 weight_decay = 0.1
 beta2 = 0.95
