@@ -190,8 +190,9 @@ def test_mistakes_end_in_one_line(small, change, expected, capsys):
 
 def test_the_readmes_results_are_the_tables_of_the_rows():
     readme, rows = (ROOT / 'README.md').read_text(), experiment.read_rows(ROOT / 'assets/results.json')
-    assert {row['scale'] for row in rows} == {'tiny', 'gpt2 --data_dir=data/corpus',
-                                              'gpt2 --init_from=out/parent_gpt2_4000 --data_dir=data/corpus'}
+    assert {row['scale'] for row in rows} == {
+        'tiny', 'tiny --init_from=out/bpe_parent --data_dir=data/corpus', 'gpt2 --data_dir=data/corpus',
+        'gpt2 --init_from=out/parent_gpt2_4000 --data_dir=data/corpus'}
     for part in experiment.tables(rows).split('\n\n'):
         assert part.strip() in readme
 
