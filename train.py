@@ -647,7 +647,11 @@ if __name__ == '__main__':
         signal.signal(number, caught)
     if int(os.environ.get('RANK', 0)):
         sys.stdout = open(os.devnull, 'w')                              # of several processes one alone prints
+    code = 0
     try:
         train(config, named, stop=caught)
     except Stopped:
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])
+        code = 128 + (caught or [signal.SIGTERM])[0]
+    if dist.is_initialized():
+        dist.destroy_process_group()                                    # or NCCL warns
+    sys.exit(code)
