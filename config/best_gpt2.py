@@ -1,4 +1,4 @@
-# what won in the README's comparison against config/moe_gpt2.py, from a stand-in parent of 4,000 steps: two experts per
+# the mixture that won in the README's comparison against config/moe_gpt2.py, from a stand-in parent: two experts per
 # token; and how it was compared: at a higher learning rate, with micro-batches of 8, which take the same sequences
 # sooner
 #   python train.py config/best_gpt2.py
