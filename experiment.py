@@ -126,7 +126,7 @@ def base_config(scale: str) -> train.Config:
 
 def arms(base: train.Config) -> dict[str, tuple[list[str], dict]]:
     """{arm: (the arms that it is compared with, what it changes in base)}; 'control' is one of the classes above. What
-    changes one thing in top1 is compared with it, then with the dense twin."""
+    changes one thing in top1 or top2 is compared with it, then with the dense twin."""
     L, E, steps, lr = base.n_layer, base.n_experts, base.max_steps, base.learning_rate
     ours = {'twin': {'moe_layers': ()}, 'top1': {}, 'top2': {'experts_per_token': 2}}
     quarters = {'batch_size': base.batch_size * base.grad_accum_steps // 4, 'grad_accum_steps': 4}
@@ -138,6 +138,8 @@ def arms(base: train.Config) -> dict[str, tuple[list[str], dict]]:
               'twin_1.25_steps': {'moe_layers': (), 'max_steps': round(1.25 * steps)}, 'quarters': quarters}
     table = {name: (['twin'] * (name != 'twin'), change) for name, change in ours.items()}
     table |= {name: (['top1', 'twin'], change) for name, change in single.items()}
+    table['top2_frozen_router'] = ['top2', 'twin'], {'experts_per_token': 2, 'control': FrozenRouter}
+    table['top2_of_2'] = ['top2', 'twin'], {'experts_per_token': 2, 'n_experts': 2}     # no choice: an MLP twice as wide
     table['step_balance'] = ['quarters'], {**quarters, 'control': StepBalance}
     settings = {'half_lr': {'learning_rate': lr / 2}, 'double_lr': {'learning_rate': 2 * lr},
                 'three_times': {'max_steps': 3 * steps}}
