@@ -139,7 +139,7 @@ def arms(base: train.Config) -> dict[str, tuple[list[str], dict]]:
     table = {name: (['twin'] * (name != 'twin'), change) for name, change in ours.items()}
     table |= {name: (['top1', 'twin'], change) for name, change in single.items()}
     table['top2_frozen_router'] = ['top2', 'twin'], {'experts_per_token': 2, 'control': FrozenRouter}
-    table['top2_of_2'] = ['top2', 'twin'], {'experts_per_token': 2, 'n_experts': 2}     # no choice: an MLP twice as wide
+    table['top2_of_2'] = ['top2', 'twin'], {'experts_per_token': 2, 'n_experts': 2}     # no choice: a wider MLP
     table['step_balance'] = ['quarters'], {**quarters, 'control': StepBalance}
     settings = {'half_lr': {'learning_rate': lr / 2}, 'double_lr': {'learning_rate': 2 * lr},
                 'three_times': {'max_steps': 3 * steps}}

@@ -1,5 +1,5 @@
-# the mixture that won in the README's comparison: two experts per token. By 0.2%, from a stand-in parent, in 2,000 steps
-# at this learning rate in TF32; at twice the rate it was level with its twin. GPT-2's own weights were not tried.
+# the mixture that won in the README's comparison: two experts per token; by 0.2%, from a stand-in parent, after 2,000
+# steps at this learning rate in TF32; at twice the rate it was level with its twin. GPT-2's own weights were not tried.
 # Micro-batches of 8 take the same sequences as config/moe_gpt2.py's, sooner
 #   python train.py config/best_gpt2.py
 from config.moe_gpt2 import *
