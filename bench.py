@@ -162,15 +162,16 @@ def counted(run: Callable) -> tuple[int, int]:
 
 def step_part(cfg: Config, device: str) -> dict:
     """The optimizer step, dense and as a mixture with either loop; on CUDA also what it launches and waits for."""
-    models, names, cuda = [build(device, moe_layers=()), build(device)], ('dense', 'where', 'this'), 'cuda' in device
+    dense, mixture, cuda = build(device, moe_layers=()), build(device), device.startswith('cuda')
+    names = ('dense', 'where', 'this')
     splits = QUICK_SPLITS if cfg.quick else SPLITS[:1] if device.startswith('cpu') else SPLITS
-    block, precisions = QUICK_BLOCK if cfg.quick else FLAGSHIP.block_size, ('fp32', 'tf32')[:1 + cuda]
+    block, precisions = QUICK_BLOCK if cfg.quick else FLAGSHIP.block_size, ('fp32', 'tf32') if cuda else ('fp32',)
     cfgs = {s: replace(FLAGSHIP, batch_size=s[0], grad_accum_steps=s[1], block_size=block) for s in splits}
 
     def pick(name: str, precision: str) -> tuple[GPT, torch.optim.Optimizer]:
         torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
         MoE.dispatch = where if name == 'where' else LOOP               # the last name leaves it as it was
-        return models[name != 'dense']
+        return dense if name == 'dense' else mixture
 
     ms = interleave({(s, p, n): lambda s=s, p=p, n=n: step(*pick(n, p), cfgs[s], device)
                      for s in splits for p in precisions for n in names}, cfg.repeats, device)
@@ -179,8 +180,8 @@ def step_part(cfg: Config, device: str) -> dict:
         [{'split': '{}x{}'.format(*s), 'precision': p} | beside({n: ms[s, p, n] for n in names})
          for s in splits for p in precisions],
         "where: mistral-inference's loop. this: model.py's. x: times dense; the original estimated 1.01 to 1.04.",
-        *['Few tokens: Adam, with twice the parameters to update, weighs more than in a real step.'][:cfg.quick],
-        *['Launches, waits for the device, TF32: CUDA only.'][cuda:])}
+        *(['Few tokens: Adam, with twice the parameters to update, weighs more than really.'] if cfg.quick else []),
+        *([] if cuda else ['Launches, waits for the device, TF32: CUDA only.']))}
     if not cuda:
         return tables
     (x, y), counts, chosen, loss = train.get_batch(DATA, cfgs[splits[0]], 0, 0, device), [], [], []
@@ -309,7 +310,7 @@ def generate_part(cfg: Config, device: str) -> dict:
         [{'what': name, 'sequences': B, 'tokens/s': rate, 'of bare': rate / rates[B, 'bare products']}
          for (B, name), rate in rates.items()],
         f"bare products: GPT-2's linear layers alone. The prompt is left out: {1 + NEW} tokens' time less that of 1.",
-        *['transformers is not installed: no row for its generate.'][len(writers) > 2:])}
+        *([] if len(writers) > 2 else ['transformers is not installed: no row for its generate.']))}
 
 
 PARTS = {'step': step_part, 'layer': layer_part, 'memory': memory_part, 'generate': generate_part}

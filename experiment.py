@@ -23,6 +23,8 @@ import sys
 import tokenize
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median, stdev
 from unittest import mock
@@ -66,6 +68,8 @@ class Config:
     def __post_init__(self):
         if self.scale not in SCALES:
             raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {self.scale!r}')
+        for seed in self.seeds:
+            train.Config(seed=seed)                         # raises for one that no run can have
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,11 +203,11 @@ def learned(model: GPT, cfg: train.Config, meta: dict, data: dict[str, np.ndarra
     model.eval()
     for domain, tokens in data.items():
         kinds = np.array(token_kinds(tokens, encoding) if domain == 'code' else [''] * len(tokens))
-        number = min(cfg.eval_windows, (len(tokens) - 1) // cfg.block_size)
-        for start in np.linspace(0, len(tokens) - cfg.block_size - 1, number).astype(int):
+        for start in train.window_starts(tokens, cfg):
             part = slice(start, start + cfg.block_size)
             facts.append((np.full(cfg.block_size, domain), tokens[part], kinds[part]))
-            for layer, routing in model(torch.from_numpy(tokens[part].astype(np.int64))[None].to(device))[2].items():
+            x, _ = train.windows([(tokens, start)], cfg.block_size, device)
+            for layer, routing in model(x)[2].items():
                 chosen[layer].append(routing.experts[:, 0].cpu().numpy())
     domain, token, kind = map(np.concatenate, zip(*facts))
     for layer, experts in chosen.items():
@@ -236,8 +240,7 @@ def add_row(path: str, row: dict) -> None:
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     lock = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    def key(row: dict) -> tuple:
-        return row['scale'], row['arm'], row['seed']
+    key = itemgetter('scale', 'arm', 'seed')
     rows = sorted([old for old in read_rows(path) if key(old) != key(row)] + [row], key=key)
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.write('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
@@ -261,7 +264,7 @@ def run(change: dict, base: train.Config, stop: list[int]) -> dict:
             model.h[layer].mlp = mixture
             if control is ByToken:
                 model.register_forward_pre_hook(mixture.watch)
-    memory, where = 0.0, f'CPU, {torch.get_num_threads()} threads'
+    memory, where = 0.0, f'{device.upper()}, {torch.get_num_threads()} threads'
     if device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats()
     with mock.patch.object(train, 'load_balance_loss', balance):
@@ -269,7 +272,7 @@ def run(change: dict, base: train.Config, stop: list[int]) -> dict:
     if device.startswith('cuda'):
         memory, where = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.get_device_name()
     ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
-    saved = train.read_checkpoint(ckpt, {'split': dict}, mmap=True)
+    saved = train.read_checkpoint(ckpt, mmap=True)
     if saved['split'] != {key: getattr(cfg, key) for key in saved['split']}:
         die(f'{cfg.out_dir} ran out of memory and split its batch, which makes it another arm; use a larger GPU')
     model = train.restore(saved, ckpt, model).to(device)
@@ -336,7 +339,8 @@ def tables(rows: list[dict]) -> str:
                 bits.append([arm, layer, *('{:.2f} ({:.2f})'.format(*np.mean([fact[what] for fact in facts], axis=0))
                                            for what in WHAT),
                              *(f'{fmean(max(fact["shares"].get(kind, [0])) for fact in facts):.0%}' for kind in KINDS)])
-        missing = [arm + f' ({3 - len(of)} of 3 seeds missing)' * bool(of) for arm, of in runs.items() if len(of) < 3]
+        missing = [f'{arm} ({3 - len(of)} of 3 seeds missing)' if of else arm
+                   for arm, of in runs.items() if len(of) < 3]
         parts += [
             f'`python experiment.py --scale={scale} --arms=all`: {len(every)} runs, '
             f'{sum(row["seconds"] for row in every) / 3600:.1f} hours of steps; '
@@ -414,10 +418,11 @@ def main(cfg: Config, stop: list[int]) -> None:
     if shutil.which('git'):
         head, changed = (subprocess.run(['git', *command.split()], capture_output=True, text=True)
                          for command in ('rev-parse --short HEAD', 'diff --quiet HEAD -- *.py'))
-        commit = head.stdout.strip() + '-changed' * (changed.returncode == 1)
-    for key in ({'scale': scale, 'arm': arm, 'seed': seed} for seed in cfg.seeds for arm in wanted):
-        change, name = table[key['arm']][1], '_'.join(map(str, key.values()))
-        start = replace(base, seed=key['seed'], out_dir='out/experiment/' + re.sub(r'[^\w.]+', '_', name))
+        commit = head.stdout.strip() + ('-changed' if changed.returncode == 1 else '')
+    for seed, arm in product(cfg.seeds, wanted):
+        key, change = {'scale': scale, 'arm': arm, 'seed': seed}, table[arm][1]
+        name = '_'.join(map(str, key.values()))
+        start = replace(base, seed=seed, out_dir='out/experiment/' + re.sub(r'[^\w.]+', '_', name))
         if any(key.items() <= row.items() for row in read_rows(cfg.results)):       # also what another process added
             print(f'{cfg.results} has', *key.values())
         else:
@@ -425,9 +430,9 @@ def main(cfg: Config, stop: list[int]) -> None:
             parent = change.get('init_from', base.init_from)
             if parent in PARENTS:
                 train.train(*configure(train.Config, PARENTS[parent]), stop=stop)
-            command = f'python experiment.py --scale={scale} --arms={key["arm"]} --seeds={key["seed"]}'
+            command = f'python experiment.py --scale={scale} --arms={arm} --seeds={seed}'
             add_row(cfg.results, key | {'command': command, 'commit': commit} | run(change, start, stop))
-        for file in ['ckpt.pt'] + ['best.pt'] * ('control' in change):              # sample.py knows no controls
+        for file in ('ckpt.pt', 'best.pt') if 'control' in change else ('ckpt.pt',):       # sample.py knows no controls
             Path(start.out_dir, file).unlink(missing_ok=True)
 
 

@@ -263,17 +263,18 @@ def pretrained_path(name: str) -> str:
 def download(name: str) -> str:
     """Fetches GPT-2's weights unless they are there. Raises OSError, with what to fetch by hand, and leaves nothing."""
     path, (revision, sha256) = pretrained_path(name), PRETRAINED[name]
+    part = f'{path}.{os.getpid()}'                          # one of its own for each of torchrun's processes
     url, timeout = f'{HUB}/{name}/resolve/{revision}/model.safetensors', socket.getdefaulttimeout()
     if not os.path.exists(path):
         socket.setdefaulttimeout(20)                            # behind a silent firewall it would wait for ever
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path + '.part', hash_prefix=sha256)
-            Safetensors(path + '.part')                         # where no hash is known: a connection may end early
-            os.replace(path + '.part', path)
+            torch.hub.download_url_to_file(url, part, hash_prefix=sha256)
+            Safetensors(part)                                   # where no hash is known: a connection may end early
+            os.replace(part, path)
         except (OSError, RuntimeError, ValueError) as error:    # RuntimeError: another hash
-            if os.path.exists(path + '.part'):
-                os.remove(path + '.part')
+            if os.path.exists(part):
+                os.remove(part)
             raise OSError(f'{url} could not be fetched to {path} ({error})') from error
         finally:
             socket.setdefaulttimeout(timeout)
@@ -367,7 +368,7 @@ class GPT(nn.Module):
             (vocab_size, n_embd), (block_size, _) = (weights.places[name][1] for name in ('wte.weight', 'wpe.weight'))
             n_layer = len({name.split('.')[1] for name in weights if name.startswith('h.')})
             shape = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_embd=n_embd)
-            config = GPTConfig(**{**shape, 'n_head': n_embd // 64, **overrides})
+            config = GPTConfig(**shape | {'n_head': n_embd // 64} | overrides)
             if config.block_size > block_size:
                 raise ValueError(f'block_size must be at most {block_size}, not {config.block_size}')
             if 'lm_head.weight' in weights and torch.equal(weights['lm_head.weight'], weights['wte.weight']):
@@ -394,14 +395,14 @@ class GPT(nn.Module):
         expert becomes a copy of it, plus noise of expert_noise * the std of each tensor, and the router is drawn anew.
         Positions beyond block_size are cut off. Raises ValueError naming a missing, left-over or misshapen tensor.
         """
-        used = set()
+        names, used = set(weights), set()               # asking a Safetensors whether it has a name reads the tensor
         for name, p in self.named_parameters():
             dense = re.sub(r'\.mlp\.experts\.\d+\.', '.mlp.', name)                   # its name in a dense parent
-            if name.endswith('mlp.router.weight') and name.replace('router', 'c_fc') in weights:
+            if name.endswith('mlp.router.weight') and name.replace('router', 'c_fc') in names:
                 nn.init.normal_(p, std=0.02)            # not zeros: of equal probabilities topk takes the same experts
                 continue
-            source = name if name in weights else dense
-            if source not in weights:
+            source = name if name in names else dense
+            if source not in names:
                 raise ValueError(f'{name} is missing')
             tensor = weights[source]
             if name == 'wpe.weight':
@@ -412,8 +413,8 @@ class GPT(nn.Module):
             if source != name and expert_noise:
                 p.add_(torch.randn_like(p), alpha=expert_noise * tensor.std(correction=0).item())
             used.add(source)
-        if used != set(weights):
-            raise ValueError(f'{min(set(weights) - used)} has no place in this model')
+        if used != names:
+            raise ValueError(f'{min(names - used)} has no place in this model')
 
     def new_cache(self, B: int) -> Tensor:
         """Room for the keys and values of B sequences in every layer: (n_layer, B, block_size, 2C)."""

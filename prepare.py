@@ -153,7 +153,7 @@ def folder_documents(folder: str) -> dict[str, list[str]]:
     return domains
 
 
-def fetch(path: Path, document: str, shortest: int, url: str, sha256: str) -> None:
+def fetch(path: Path, document: str, longer_than: int, url: str, sha256: str) -> None:
     """Writes a source's first WEB_SIZE characters of documents to path, as a folder's *.txt. Raises FAILURES."""
     texts, size, start = [], 0, time.perf_counter()
     with open_url(url, sha256) as file:
@@ -166,7 +166,7 @@ def fetch(path: Path, document: str, shortest: int, url: str, sha256: str) -> No
         else:
             rows = ({'text': text} for text in grouped(re.split(r'\n\s*\n', file.read().decode()), '\n\n'))
         for text in map(document.format_map, rows):
-            if shortest < len(text) < 10_000:
+            if longer_than < len(text) < 10_000:
                 texts.append(text.replace('\x1e', ''))
                 size += len(text)
                 progress(path.stem, size, start, done=False)
@@ -233,8 +233,8 @@ def cut_module(source: str) -> tuple[list[str], list[str]]:
     lines = [line + '\n' for line in source.split('\n')]      # splitlines would also cut at form feeds
     definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, *definitions)) and ast.get_docstring(node):
-            docstrings.append(ast.get_docstring(node).encode('utf-8', 'replace').decode())      # lone surrogates: ?
+        if isinstance(node, (ast.Module, *definitions)) and (docstring := ast.get_docstring(node)):
+            docstrings.append(docstring.encode('utf-8', 'replace').decode())                    # lone surrogates: ?
             text = node.body[0]
             before = lines[text.lineno - 1].encode()[:text.col_offset].decode()      # ast counts bytes
             after = lines[text.end_lineno - 1].encode()[text.end_col_offset:].decode()
@@ -286,7 +286,7 @@ def split(documents: list[str], rng: np.random.Generator, key: Callable[[str], s
     documents = [text for text in dict.fromkeys(documents) if text.strip()]
     sizes, held_out, room = Counter(map(key, documents)), set(), max(1, round(0.05 * len(documents)))
     groups = list(sizes)
-    for group in map(groups.__getitem__, rng.permutation(len(groups))):
+    for group in (groups[i] for i in rng.permutation(len(groups))):
         if sizes[group] <= room or not held_out:
             held_out.add(group)
             room -= sizes[group]

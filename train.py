@@ -78,9 +78,8 @@ class Config(GPTConfig):
 
 def windows(places: list[tuple[np.ndarray, int]], block_size: int, device: str) -> tuple[Tensor, Tensor]:
     """The sequences that start at those places, and the tokens that follow each of theirs: (B, T) twice."""
-    rows = np.stack([tokens[start:start + block_size + 1] for tokens, start in places]).astype(np.int64)
-    rows = torch.from_numpy(rows)
-    # from pinned memory the copy waits neither for what the GPU still does nor the program for it
+    rows = torch.from_numpy(np.stack([tokens[at:at + block_size + 1] for tokens, at in places]).astype(np.int64))
+    # from pinned memory the copy is only queued: the program goes on while the GPU still computes
     rows = rows.pin_memory().to(device, non_blocking=True) if device.startswith('cuda') else rows.to(device)
     return rows[:, :-1], rows[:, 1:]
 
@@ -132,20 +131,24 @@ class Signals(list):
         return len(self) > 0
 
 
+def window_starts(tokens: np.ndarray, cfg: Config) -> np.ndarray:
+    """Where a domain's validation windows begin: evenly spaced over its text, always the same."""
+    number = min(cfg.eval_windows, (len(tokens) - 1) // cfg.block_size)
+    return np.linspace(0, len(tokens) - cfg.block_size - 1, number).astype(int)
+
+
 @torch.no_grad()
 def evaluate(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str, stop: list[int] = ()
              ) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
     """({domain: LM loss of each of its windows}, {layer: {domain: each expert's share of the choices}}).
 
-    A domain's windows are evenly spaced over its text and always the same. Raises Stopped once stop holds a signal.
+    Raises Stopped once stop holds a signal.
     """
     losses, share = {}, {}
     model.eval()
     for domain, tokens in data.items():
-        number = min(cfg.eval_windows, (len(tokens) - 1) // cfg.block_size)
-        starts = np.linspace(0, len(tokens) - cfg.block_size - 1, number).astype(int)
-        parts, counts = [], {}
-        for i in range(0, number, cfg.batch_size):
+        starts, parts, counts = window_starts(tokens, cfg), [], {}
+        for i in range(0, len(starts), cfg.batch_size):
             if stop:
                 raise Stopped
             x, y = windows([(tokens, start) for start in starts[i:i + cfg.batch_size]], cfg.block_size, device)
@@ -186,9 +189,8 @@ def print_step(row: dict, lms: list[float], domains: list[str], cfg: Config) -> 
     print(*parts, f' lr {row["lr"]:.1e}  {row["tokens_per_s"]:,.0f} tokens/s  {left} left')
 
 
-def save(path: str, state: dict, without: set[str] = frozenset()) -> None:
+def save(path: str, state: dict) -> None:
     """Writes a checkpoint beside the old one, then puts it in its place: there is always a whole one."""
-    state = {name: value for name, value in state.items() if name not in without}
     try:
         with open(path + '.tmp', 'wb') as f:
             torch.save(state, f)
@@ -206,13 +208,14 @@ def check_checkpoint(saved: dict, wanted: dict[str, type]) -> None:
     for name, kind in wanted.items():
         if not isinstance(saved[name], kind) or saved[name] is True:
             raise ValueError(f'{name} is {saved[name]!r:.50}')
-    config, parent = asdict(Config(**saved['config'])), saved['parent'] or {'path': '', 'sha256': '', 'gave': {}}
-    odd = [key for key, value in config.items() if type(value) is not type(getattr(Config, key))]
+    config, split = saved['config'], saved['split']
+    parent = saved['parent'] or {'path': '', 'sha256': '', 'gave': {}}
+    Config(**config)                                                    # no other keys, no values out of range
+    odd = [f.name for f in fields(Config) if type(config.get(f.name)) is not type(f.default)]
     odd += [key for key, value in parent['gave'].items() if config[key] != value]
-    asked = {key: config[key] for key in ('batch_size', 'grad_accum_steps')}
-    split = saved.get('split', asked)
-    odd += ['split'] * (split.keys() != asked.keys() or not all(type(n) is int and n > 0 for n in split.values()))
-    if odd or saved['step'] < 0 or math.prod(split.values()) != math.prod(asked.values()):
+    if split.keys() != {'batch_size', 'grad_accum_steps'} or not all(type(n) is int and n > 0 for n in split.values()):
+        odd.append('split')
+    if odd or saved['step'] < 0 or math.prod(split.values()) != config['batch_size'] * config['grad_accum_steps']:
         raise ValueError(f'{(odd + ["step or split"])[0]} cannot be so')
     if not all(type(text) is str for text in (parent['path'], parent['sha256'], saved['data']['encoding'])):
         raise ValueError('parent or data is not text')
@@ -224,20 +227,19 @@ def read_checkpoint(path: str, wanted: dict[str, type] | None = None, mmap: bool
 
     wanted: what it has to hold besides what all do. mmap leaves the tensors in the file, unread and unchecked.
     """
-    wanted = {'format': int, 'step': int, 'model': dict, 'config': dict, 'data': dict, 'parent': dict | None,
-              **(wanted or {})}
+    wanted = {'format': int, 'step': int, 'model': dict, 'config': dict, 'split': dict, 'data': dict,
+              'parent': dict | None, **(wanted or {})}
     try:
         with zipfile.ZipFile(path) as file:                 # torch.load does not look at the checksums, read does
             for name in file.namelist():
                 if name.endswith('.pkl') or not mmap:
                     file.read(name)
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-        if saved['format'] == 1:
-            check_checkpoint(saved, wanted)
+        if saved['format'] != 1:
+            die(f'{path} has format {saved["format"]}, newer than this code; update the code')
+        check_checkpoint(saved, wanted)
     except Exception as error:                              # a damaged file makes torch.load raise almost anything
         die(f'{path} cannot be read as a checkpoint ({error!r:.200}); a damaged one has to be deleted')
-    if saved['format'] != 1:
-        die(f'{path} has format {saved["format"]}, newer than this code; update the code')
     return saved
 
 
@@ -252,6 +254,18 @@ def restore(saved: dict, path: str, model: GPT | None = None) -> GPT:
         return model
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         die(f'{path} does not hold the model that it says ({error!r:.200}); delete it to start that run again')
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict, path: str) -> None:
+    """Gives it the state that was saved, all else being as the config says; dies if that is another model's."""
+    try:
+        groups = zip(optimizer.state_dict()['param_groups'], saved['optimizer']['param_groups'], strict=True)
+        groups = [ours | {'lr': theirs['lr']} for ours, theirs in groups]
+        optimizer.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
+        if any(t.shape not in ((), p.shape) for p, state in optimizer.state.items() for t in state.values()):
+            raise ValueError('its tensors have other shapes')
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        die(f'{path} holds another optimizer ({error!r:.200}); delete it to start that run again')
 
 
 def source_file(init_from: str) -> str | None:
@@ -316,7 +330,7 @@ def begin(cfg: Config, named: set[str]) -> tuple[Config, GPT, dict | None, GPT |
         print(f'starts from {path}' + (f' (step {saved["step"]}):' if saved else ':'),
               *(f'{key}={value}' for key, value in parent['gave'].items()))
         ckpt = os.path.join(cfg.init_from, 'ckpt.pt')
-        last = read_checkpoint(ckpt, mmap=True) if os.path.exists(ckpt) else saved
+        last = read_checkpoint(ckpt, mmap=True) if os.path.exists(ckpt) else None
         if last and last['step'] < last['config']['max_steps']:
             print(f'{cfg.init_from} has not finished: this is what it has so far')
         if cfg.block_size > theirs['block_size']:
@@ -341,8 +355,8 @@ def go_on(cfg: Config, named: set[str], saved: dict) -> Config:
         cfg, path = inherit(cfg, named, parent), source_file(parent['path'])
         if path and os.path.exists(path) and file_hash(path) != parent['sha256']:
             die(f'{path} changed since {cfg.out_dir} started from it; name another --out_dir to start from it as it is')
-    differ = {key: f'{key}={theirs.get(key)}, now {value}' for key, value in asdict(cfg).items()
-              if key not in ('out_dir', 'resume') and plain(value) != plain(theirs.get(key))}
+    differ = {key: f'{key}={theirs[key]}, now {value}' for key, value in asdict(cfg).items()
+              if key not in ('out_dir', 'resume') and plain(value) != plain(theirs[key])}
     resumable = {'max_steps', 'device', 'log_interval', 'eval_interval', 'save_interval'}
     if theirs['batch_size'] * theirs['grad_accum_steps'] == cfg.batch_size * cfg.grad_accum_steps:
         resumable |= {'batch_size', 'grad_accum_steps'}
@@ -365,7 +379,7 @@ def read_log(path: str, before: float = math.inf) -> list[dict]:
         return [row for row in rows if row['step'] < before]
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         die(f'{path} is damaged ({error!r:.200}); mend it, or delete it to go on without the rows so far')
 
 
@@ -505,12 +519,15 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
     ckpt, best_pt, log = (os.path.join(cfg.out_dir, name) for name in ('ckpt.pt', 'best.pt', 'log.jsonl'))
     saved, parent_model, step, best = None, None, 0, math.inf
     if os.path.exists(ckpt):
-        saved = read_checkpoint(ckpt, {'optimizer': dict, 'best': float, 'split': dict})
+        saved = read_checkpoint(ckpt, {'optimizer': dict, 'best': float})
         cfg = go_on(cfg, named, saved)
         step, best, parent, rows = saved['step'], saved['best'], saved['parent'], read_log(log)
         if step == cfg.max_steps and rows and rows[-1]['step'] == step and 'val' in rows[-1]:
             print(f'{cfg.out_dir} is finished; its last evaluation:')
-            print_evaluation(f'step {step}', rows[-1]['val'], rows[-1]['share'], cfg)
+            try:
+                print_evaluation(f'step {step}', rows[-1]['val'], rows[-1]['share'], cfg)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                die(f'{log} is damaged ({error!r:.200}); delete it to evaluate once more')
             return rows[-1]
     meta, data = load_data(cfg.data_dir, cfg.block_size)
     if saved:
@@ -543,14 +560,7 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
     fused = torch.device(device).type in ('cuda', 'mps', 'cpu')         # one kernel for many tensors; else foreach
     optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), betas=(cfg.beta1, cfg.beta2), fused=fused)
     if saved:
-        try:
-            groups = zip(optimizer.state_dict()['param_groups'], saved['optimizer']['param_groups'], strict=True)
-            groups = [ours | {'lr': theirs['lr']} for ours, theirs in groups]       # all else is as the config says
-            optimizer.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
-            if any(t.shape not in ((), p.shape) for p, state in optimizer.state.items() for t in state.values()):
-                raise ValueError('its tensors have other shapes')
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            die(f'{ckpt} holds another optimizer ({error!r:.200}); delete it to start that run again')
+        restore_optimizer(optimizer, saved, ckpt)
     total, active = model.count_parameters()
     mb = 4 * total / 1e6
     print(f'{device}, {"TF32" if cfg.tf32 else "fp32"}, {total:,} parameters, {active:,} of them active for a token')
@@ -562,10 +572,11 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
         die(f'{cfg.out_dir} has {free:,.1f} MB of disk left, two checkpoints take {6 * mb:,.1f} MB; make room, or name '
             'another --out_dir')
     lock = claim(cfg.out_dir) if rank == 0 else os.open(os.devnull, os.O_RDONLY)
-    write(log, read_log(log, before=step), 'w')                         # cut back to the checkpoint
+    write(log, read_log(log, before=step) if saved else [], 'w')        # cut back to the checkpoint
     # where experts are idle, some of a mixture's parameters get no gradient in any process
     wrapped = DistributedDataParallel(model, find_unused_parameters=bool(cfg.moe_layers)) if world > 1 else model
-    seconds, steps, poll = 0.0, 0, () if world > 1 else stop            # spent on steps since the log's last row
+    poll = stop if world == 1 else ()                                   # several processes ask together, below
+    seconds, steps = 0.0, 0                                             # since the log's last row: spent, and done
 
     def checkpoint() -> dict:
         """All that the steps from here on depend on."""
@@ -593,7 +604,8 @@ def train(cfg: Config, named: set[str] = frozenset(), model: GPT | None = None, 
                 check_finite(step, 'validation loss', row['val_mean'], ckpt)
                 if row['val_mean'] < best:
                     best = row['val_mean']
-                    keep(best_pt, {**checkpoint(), 'val': val}, {'optimizer', 'best'})
+                    weights = {key: value for key, value in checkpoint().items() if key not in ('optimizer', 'best')}
+                    keep(best_pt, weights | {'val': val})
             if last:
                 write(log, [row])
             if step % cfg.save_interval == 0 or last:

@@ -11,6 +11,7 @@ import torch
 
 import experiment
 import train
+from config import configure
 from conftest import ROOT
 from experiment import ByToken, FrozenRouter, Scaled, StepBalance, difference, mutual_information, token_kinds
 from model import GPT, GPTConfig, MoE, load_balance_loss, stacked
@@ -186,6 +187,12 @@ def test_mistakes_end_in_one_line(small, change, expected, capsys):
     with pytest.raises(SystemExit) as stopped:
         experiment.main(replace(small, **change), [])
     assert stopped.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_a_seed_that_no_run_can_have_is_refused_before_any_run(capsys):
+    with pytest.raises(SystemExit):
+        configure(experiment.Config, ['--seeds=0,-1'])
+    assert 'seed must be at least 0, not -1' in capsys.readouterr().err
 
 
 def test_the_readmes_results_are_the_tables_of_the_rows():

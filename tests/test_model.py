@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import runpy
 import socket
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -287,6 +289,29 @@ def test_a_download_is_cached_whole_or_not_at_all(content, sha256, message, tmp_
                 (folder / 'model.safetensors').unlink()
                 folder.rmdir()
     assert socket.getdefaulttimeout() == timeout
+
+
+def test_processes_that_fetch_the_weights_at_once_do_not_take_each_others_file(tmp_path, monkeypatch):
+    folder, fetch = tmp_path / 'hub/gpt2-large/resolve/abc', torch.hub.download_url_to_file
+    folder.mkdir(parents=True)
+    (folder / 'model.safetensors').write_bytes(RAW)
+    monkeypatch.setitem(model_py.PRETRAINED, 'gpt2-large', ('abc', None))
+
+    def overtaken(url, path, **kwargs):
+        fetch(url, path, **kwargs)
+        monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
+        monkeypatch.setattr(os, 'getpid', lambda: 0)
+        model_py.download('gpt2-large')                         # another process, done before this one
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', overtaken)
+    path = model_py.download('gpt2-large')
+    assert [str(p) for p in (tmp_path / 'cache').rglob('*.*')] == [path]
+
+
+def test_a_dense_load_reads_each_tensor_once(monkeypatch):
+    read, get = Counter(), Safetensors.__getitem__
+    monkeypatch.setattr(Safetensors, '__getitem__', lambda self, name: (read.update([name]), get(self, name))[1])
+    model = GPT.from_pretrained(str(ROOT / 'tests/fixtures/tiny_gpt2.safetensors'), n_head=4)
+    assert {read[name] for name, _ in model.named_parameters() if name.startswith('h.')} == {1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

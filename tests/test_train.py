@@ -403,6 +403,10 @@ def odd(**change):
     return prepare
 
 
+def without(key):
+    return lambda cfg: other_shape(cfg, lambda saved: saved['config'].pop(key))
+
+
 def other_shape(cfg, change=lambda saved: saved['model'].pop('h.1.mlp.router.weight')):
     with pytest.raises(train.Stopped):
         train.train(cfg, stop=After(9))
@@ -472,10 +476,16 @@ def file_in_the_way(cfg):
     (in_log('"val_mean": ', '"val_mean": NaN, "was": '), {}, 'log.jsonl is damaged'),
     (in_log('"val": {', '"val": {"sum": "1", '), {}, 'log.jsonl is damaged'),
     (in_log('"share": {', '"share": {"9": 1, '), {}, 'log.jsonl is damaged'),
+    (in_log('"val": {', '"val": {}, "was": {'), {}, 'log.jsonl is damaged'),
+    (in_log('"share": ', '"was": '), {}, 'log.jsonl is damaged'),
+    (in_log('"share": {"1": {"sums": [', '"share": {"1": {"sums": [-1, '), {}, 'log.jsonl is damaged'),
+    (in_log('"val": {', f'"val": {{"was": 1{"0" * 400}, '), {}, 'log.jsonl is damaged'),
     (None, dict(init_from='a\nb'), 'a b holds no run'),
     (odd(config={'max_steps': '8'}), {}, 'cannot be read as a checkpoint'),
     (odd(config={'tf32': 0}), {}, 'tf32 cannot be so'),
     (odd(config={'n_layer': 2**30}, parent=None), dict(n_layer=2**30), 'there are too few tensors'),
+    (without('batch_size'), {}, 'batch_size cannot be so'),
+    (without('max_steps'), {}, 'max_steps cannot be so'),
     (odd(config={'surprise': 1}), {}, "unexpected keyword argument 'surprise'"),
     (odd(data={'domains': torch.zeros(2)}), {}, 'not JSON serializable'),
     (other_shape, {}, 'h.1.mlp.router.weight'),
@@ -506,6 +516,7 @@ def test_a_stop_before_the_first_step_leaves_no_run_behind(cfg, parent, capsys):
     with pytest.raises(train.Stopped):
         train.train(child, stop=After(0))
     assert not Path(child.out_dir, 'ckpt.pt').exists()
+    Path(child.out_dir, 'log.jsonl').write_bytes(b'\0\xff{}\n')          # a leftover, whatever it says
     train.train(child)
     assert 'the parent' in capsys.readouterr().out
 
@@ -513,8 +524,12 @@ def test_a_stop_before_the_first_step_leaves_no_run_behind(cfg, parent, capsys):
 def test_an_unfinished_parent_is_used_and_said(cfg, capsys, tmp_path):
     with pytest.raises(train.Stopped):
         train.train(cfg, stop=After(12))
-    train.train(replace(cfg, init_from=cfg.out_dir, out_dir=str(tmp_path / 'child'), max_steps=1))
+    child = replace(cfg, init_from=cfg.out_dir, out_dir=str(tmp_path / 'child'), max_steps=1)
+    train.train(child)
     assert 'has not finished' in capsys.readouterr().out
+    Path(cfg.out_dir, 'ckpt.pt').unlink()                   # as experiment.py leaves its runs: nothing tells
+    train.train(replace(child, out_dir=str(tmp_path / 'other')))
+    assert 'has not finished' not in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(cfg, capsys, monkeypatch):
