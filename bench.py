@@ -180,7 +180,8 @@ def step_part(cfg: Config, device: str) -> dict:
         [{'split': '{}x{}'.format(*s), 'precision': p} | beside({n: ms[s, p, n] for n in names})
          for s in splits for p in precisions],
         "where: mistral-inference's loop. this: model.py's. x: times dense; the original estimated 1.01 to 1.04.",
-        *(['Few tokens: Adam, with twice the parameters to update, weighs more than really.'] if cfg.quick else []),
+        *(['Few tokens: Adam, with twice the parameters to update, weighs more than in a real step.']
+          if cfg.quick else []),
         *([] if cuda else ['Launches, waits for the device, TF32: CUDA only.']))}
     if not cuda:
         return tables

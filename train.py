@@ -329,8 +329,8 @@ def begin(cfg: Config, named: set[str]) -> tuple[Config, GPT, dict | None, GPT |
         cfg = inherit(cfg, named, parent)
         print(f'starts from {path}' + (f' (step {saved["step"]}):' if saved else ':'),
               *(f'{key}={value}' for key, value in parent['gave'].items()))
-        ckpt = os.path.join(cfg.init_from, 'ckpt.pt')
-        last = read_checkpoint(ckpt, mmap=True) if os.path.exists(ckpt) else None
+        ckpt = os.path.join(os.path.dirname(path), 'ckpt.pt')
+        last = read_checkpoint(ckpt, mmap=True) if saved and os.path.exists(ckpt) else None     # else nothing tells
         if last and last['step'] < last['config']['max_steps']:
             print(f'{cfg.init_from} has not finished: this is what it has so far')
         if cfg.block_size > theirs['block_size']:

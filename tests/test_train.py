@@ -525,8 +525,12 @@ def test_an_unfinished_parent_is_used_and_said(cfg, capsys, tmp_path):
     with pytest.raises(train.Stopped):
         train.train(cfg, stop=After(12))
     child = replace(cfg, init_from=cfg.out_dir, out_dir=str(tmp_path / 'child'), max_steps=1)
-    train.train(child)
-    assert 'has not finished' in capsys.readouterr().out
+    for change in ({}, dict(init_from=f'{cfg.out_dir}/best.pt', out_dir=str(tmp_path / 'of_file'))):
+        train.train(replace(child, **change))
+        assert 'has not finished' in capsys.readouterr().out
+    train.train(cfg)
+    train.train(replace(child, init_from=f'{cfg.out_dir}/best.pt', out_dir=str(tmp_path / 'of_finished')))
+    assert 'has not finished' not in capsys.readouterr().out
     Path(cfg.out_dir, 'ckpt.pt').unlink()                   # as experiment.py leaves its runs: nothing tells
     train.train(replace(child, out_dir=str(tmp_path / 'other')))
     assert 'has not finished' not in capsys.readouterr().out
