@@ -1,8 +1,8 @@
 """Text from a trained run; on a terminal each token is coloured by the expert that a mixture sends it to.
 
-    python sample.py                                                the run under out/ with the newest checkpoint
-    python sample.py --init_from=out/tiny --prompt=def --layer=1    a run, how the text begins, the mixture that colours
-    python sample.py --init_from=gpt2                               GPT-2 itself, or a .safetensors file of its weights
+    python sample.py                                    the run under out/ with the newest checkpoint
+    python sample.py --init_from=out/tiny --prompt=def --layer=1        a run, a beginning, a mixture
+    python sample.py --init_from=gpt2                   GPT-2 itself, or a .safetensors file
 """
 
 import codecs
@@ -12,22 +12,25 @@ import signal
 import sys
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+
+os.environ.setdefault('GOMP_SPINCOUNT', '100')      # as in train.py: waiting threads sleep
 
 import torch
 
 from config import configure, die
-from model import GPT
+from model import GPT, GPTConfig
 from prepare import get_encoding
-from train import load_model, pick_device
+from runs import load_model, pick_device
 
 COLOURS = (110, 214, 150, 204, 222, 140, 80, 180, 113, 209, 75, 217, 186, 103, 173, 152)      # of xterm's 256
 
 
 @dataclass(frozen=True)
 class Config:
-    init_from: str = ''         # a run's folder, gpt2..gpt2-xl or a .safetensors file; '' is the newest run under out/
-    prompt: str = '\n'          # how each sample begins; '' begins a document
+    init_from: str = ''         # a run's folder, gpt2..gpt2-xl, a .safetensors file; '' is the newest run
+    prompt: str = 'The '        # how each sample begins; '' begins a document
     num_samples: int = 3        # samples, made side by side
     max_new_tokens: int = 300   # tokens in each, besides the prompt
     temperature: float = 0.8    # 0 always takes the likeliest token, 1 samples as the model says
@@ -38,9 +41,11 @@ class Config:
     device: str = ''            # cuda, mps, cpu ...; '' is the first of these that is there
 
     def __post_init__(self):
-        for name, low in dict(num_samples=1, max_new_tokens=1, temperature=0, top_k=0, seed=0, layer=-1).items():
-            if not low <= getattr(self, name) < 2**31:
-                raise ValueError(f'{name} must be at least {low} and below {2**31}, not {getattr(self, name)}')
+        lowest = {'num_samples': 1, 'max_new_tokens': 1, 'temperature': 0, 'top_k': 0, 'seed': 0, 'layer': -1}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if not low <= value < 2**31:
+                raise ValueError(f'{name} must be at least {low} and below {2**31}, not {value}')
         if 0 < self.temperature < 1e-3:
             raise ValueError(f'temperature must be 0 or at least 0.001, not {self.temperature}')
         if self.color not in ('', 'always', 'never'):
@@ -66,15 +71,17 @@ def expert_of_each(model: GPT, idx: torch.Tensor, layer: int) -> list[int]:
 
 
 def whole_characters(pieces: list[bytes]) -> list[str]:
-    """Each token's bytes as text: a character that several tokens share comes with the last of them.
-
-    What a terminal would obey or not show is written out as \\x1b and the like.
-    """
+    """Each token's bytes as text: a character that several tokens share comes with the last of them."""
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
     texts = [decoder.decode(piece) for piece in pieces]
     texts[-1] += decoder.decode(b'', final=True)
-    return [''.join(c if c in '\n\t' or unicodedata.category(c)[0] != 'C' else c.encode('unicode_escape').decode()
-                    for c in text) for text in texts]
+    return [''.join(map(harmless, text)) for text in texts]
+
+
+def harmless(char: str) -> str:
+    """The character, or how it is written if a terminal would obey it or not show it."""
+    shown = char in '\n\t' or unicodedata.category(char)[0] != 'C'
+    return char if shown else char.encode('unicode_escape').decode()
 
 
 def paint(text: str, expert: int) -> str:
@@ -83,37 +90,46 @@ def paint(text: str, expert: int) -> str:
     return '\n'.join(start + line + end if line else '' for line in text.split('\n'))
 
 
-def sample(cfg: Config) -> None:
-    """Prints cfg.num_samples texts."""
+def print_legend(layer: int, experts: list[int], n_experts: int) -> None:
+    """Each expert's colour and share of the tokens, eight on a line."""
+    counts = Counter(experts)
+    cells = [paint(f' {i} {counts[i] / len(experts):4.0%} ', i) for i in range(n_experts)]
+    for i in range(0, n_experts, 8):
+        print(f'layer {layer:<2}' + ''.join(cells[i:i + 8]))
+
+
+def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
+    """Prints cfg.num_samples texts. build makes the model of a run whose mixtures are not MoE."""
     source = cfg.init_from or newest_run()
-    model, path, saved = load_model(source)
+    model, path, saved = load_model(source, build)
     if not saved and model.config.vocab_size != 50257:
-        die(f"{path} has {model.config.vocab_size} token ids, not GPT-2's 50257: nobody says what text they stand for")
+        die(f"{path} has {model.config.vocab_size} token ids, not GPT-2's 50257: "
+            'nobody says what text they stand for')
     encoding = get_encoding(saved['data']['encoding'] if saved else 'gpt2')
     mixtures = model.config.moe_layers
     layer = mixtures[-1] if cfg.layer < 0 and mixtures else cfg.layer
     if layer >= 0 and layer not in mixtures:
         die(f'layer {layer} of {source} is no mixture; its mixtures are {list(mixtures) or "none"}')
-    coloured = layer >= 0 and (cfg.color == 'always' or cfg.color == '' and sys.stdout.isatty()
-                               and not os.environ.get('NO_COLOR'))
+    on_terminal = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
+    coloured = layer >= 0 and (cfg.color == 'always' or cfg.color == '' and on_terminal)
     device = pick_device(cfg.device)
     model.to(device).eval()
 
     prompt = encoding.encode(cfg.prompt, allowed_special='all')
     if len(prompt) > model.config.block_size:
-        die(f'the prompt has {len(prompt)} tokens, {source} takes at most {model.config.block_size}; shorten it')
+        die(f'the prompt has {len(prompt)} tokens, {source} takes at most {model.config.block_size}; '
+            'shorten it')
     print(path, *([f'step {saved["step"]}'] if saved else []), file=sys.stderr)
     idx = torch.tensor([prompt or [encoding.eot_token]] * cfg.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
     idx = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, generator)
 
-    begin = 0 if prompt else 1                                  # the end-of-text that began a document is not text
-    texts = [whole_characters([encoding.decode_single_token_bytes(t) for t in row[begin:].tolist()]) for row in idx]
+    begin = 0 if prompt else 1                  # the end-of-text that began a document is not text
+    pieces = [[encoding.decode_single_token_bytes(t) for t in row[begin:].tolist()] for row in idx]
+    texts = [whole_characters(row) for row in pieces]
     if coloured:
         experts = [expert_of_each(model, row, layer)[begin:] for row in idx]
-        counts = Counter(e for row in experts for e in row)
-        print(f'layer {layer}, tokens by expert:',
-              *(paint(f' {i}: {counts[i] / counts.total():.0%} ', i) for i in range(model.config.n_experts)))
+        print_legend(layer, sum(experts, []), model.config.n_experts)
         texts = [map(paint, *pair) for pair in zip(texts, experts)]
     for text in texts:
         print('-' * 80, ''.join(text), sep='\n')

@@ -1,25 +1,24 @@
 """What a person sees: whole characters, harmless ones, and colours that stay on their tokens."""
 
+import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import sample
 import train
-from conftest import ROOT, as_safetensors
+from conftest import ROOT, as_safetensors, refused
 from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize('pieces, texts', [
-    ([b'a', b'b'], ['a', 'b']),
-    ([b'\xc3', b'\xa9', b'!'], ['', '\u00e9', '!']),
+    ([b'a', b'b'], ['a', 'b']), ([b'\xc3', b'\xa9', b'!'], ['', '\u00e9', '!']),
     ([b'\xe4\xbd', b'\xa0\xe5', b'\xa5\xbd'], ['', '\u4f60', '\u597d']),
-    ([b'\xc3', b'x'], ['', '\ufffdx']),
-    ([b'a', b'\xe4'], ['a', '\ufffd']),
-    ([b'\x1b[2J', b'\r', b'\x00'], ['\\x1b[2J', '\\r', '\\x00']),
-    ([b'\n\t ', '\u202e'.encode()], ['\n\t ', '\\u202e'])])
+    ([b'\xc3', b'x'], ['', '\ufffdx']), ([b'a', b'\xe4'], ['a', '\ufffd']),
+    ([b'\x1b[2J', b'\r\x00', '\n\t \u202e'.encode()], ['\\x1b[2J', '\\r\\x00', '\n\t \\u202e'])])
 def test_bytes_are_joined_to_whole_characters_and_what_a_terminal_obeys_is_written_out(pieces, texts):
     assert sample.whole_characters(pieces) == texts
 
@@ -27,8 +26,7 @@ def test_bytes_are_joined_to_whole_characters_and_what_a_terminal_obeys_is_writt
 @pytest.mark.parametrize('text, expected', [
     ('ab', '<0>ab</>'), ('', ''), ('\n', '\n'), ('a\nb', '<0>a</>\n<0>b</>'), ('a\n', '<0>a</>\n')])
 def test_a_colour_ends_before_each_newline(text, expected):
-    start = '\x1b[30;48;5;110m'
-    assert sample.paint(text, 0) == expected.replace('<0>', start).replace('</>', '\x1b[0m')
+    assert sample.paint(text, 0) == expected.replace('<0>', '\x1b[30;48;5;110m').replace('</>', '\x1b[0m')
     assert sample.paint('a', 1) != sample.paint('a', 0) == sample.paint('a', len(sample.COLOURS))
 
 
@@ -39,72 +37,86 @@ def test_each_token_has_the_expert_that_one_forward_pass_over_the_text_sends_it_
     assert sample.expert_of_each(model, idx, 1) == first + second and len(set(first + second)) > 1
 
 
-@pytest.mark.parametrize('argv, tty, environment, coloured', [
-    ({}, False, {}, False), ({}, True, {}, True), ({}, True, {'NO_COLOR': '1'}, False),
-    (dict(color='always'), False, {'NO_COLOR': '1'}, True), (dict(color='never'), True, {}, False)])
-def test_colour_is_for_terminals_unless_forced_and_the_text_is_the_same(argv, tty, environment, coloured, cfg, capsys,
-                                                                        monkeypatch):
-    train.train(cfg)
-    capsys.readouterr()
-    plain = sample_output(sample.Config(init_from=cfg.out_dir, max_new_tokens=40, color='never'), capsys)
-    monkeypatch.delenv('NO_COLOR', raising=False)
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
+@pytest.fixture
+def text_of(cfg, capsys):
+    """What is printed for other settings than these, of a run that was trained for a step."""
+    train.train(replace(cfg, max_steps=1, n_experts=16))
+    usual = dict(init_from=cfg.out_dir, prompt='ab', max_new_tokens=40, num_samples=2, device='cpu')
+
+    def printed(**settings):
+        capsys.readouterr()
+        sample.sample(sample.Config(**usual | settings))
+        return capsys.readouterr().out
+    return printed
+
+
+@pytest.mark.parametrize('color, tty, no_color, coloured', [
+    ('', False, '', False), ('', True, '', True), ('', True, '1', False), ('always', False, '1', True),
+    ('never', True, '', False)])
+def test_colour_is_for_terminals_unless_forced_and_the_text_is_the_same(
+        color, tty, no_color, coloured, text_of, monkeypatch):
+    plain = text_of(color='never')
+    monkeypatch.setenv('NO_COLOR', no_color)
     monkeypatch.setattr('sys.stdout.isatty', lambda: tty)
-    out = sample_output(sample.Config(init_from=cfg.out_dir, max_new_tokens=40, **argv), capsys)
-    assert ('\x1b' in out) == coloured
-    lines = out.splitlines(keepends=True)[1 if coloured else 0:]                                # without the legend
-    assert re.sub(r'\x1b\[[0-9;]*m', '', ''.join(lines)) == plain
+    out = text_of(color=color)
+    legend, *text = re.sub(r'\x1b\[[0-9;]*m', '', out).partition('-' * 80)
+    assert ('\x1b' in out) == coloured == bool(legend) and ''.join(text) == plain
+    if coloured:
+        shares = [int(share) for share in re.findall(r'(\d+)%', legend)]
+        assert len(shares) == 16 and 90 < sum(shares) < 110 and text_of(color=color) == out
+        assert max(map(len, legend.splitlines())) <= 80
 
 
-def sample_output(cfg, capsys):
-    sample.sample(cfg)
-    return capsys.readouterr().out
+def test_a_seed_repeats_its_sample_another_gives_another_and_top_k_0_is_among_all_tokens(text_of):
+    assert text_of() == text_of(seed=0) != text_of(seed=1)
+    assert text_of(top_k=0) == text_of(top_k=257) != text_of(top_k=50) == text_of()
+    assert text_of(top_k=1) == text_of(temperature=0.0) != text_of(top_k=0)
 
 
-class Words:
-    """An encoding as wide as GPT-2's; each token is its number."""
-    eot_token = 50256
+@pytest.mark.parametrize('prompt, ids, shown', [
+    ('', [256], ''), ('a', [97], 'a'), ('<|endoftext|>a', [256, 97], '<|endoftext|>a'),
+    ('a\u00e9', [97, 0xc3, 0xa9], 'a\u00e9'), ('a\x1b', [97, 27], 'a\\x1b'),
+    ('a\udcc3', [97, 0xef, 0xbf, 0xbd], 'a\ufffd')])        # what a shell makes of half a character
+def test_a_sample_is_its_prompt_and_what_follows_less_the_end_of_text_that_begins_a_document(
+        prompt, ids, shown, text_of, monkeypatch):
+    def generate(self, idx, *args):                         # what follows ends within a character
+        assert idx.tolist() == [ids, ids]
+        return torch.cat([idx, torch.tensor([[0xc3, 0xa9, 32, 0xe4]] * 2)], dim=1)
 
-    def encode(self, text, allowed_special):
-        return [int(word) for word in text.split()]
-
-    def decode_single_token_bytes(self, token):
-        return b' %d' % token
+    monkeypatch.setattr(GPT, 'generate', generate)
+    assert text_of(prompt=prompt) == f'{"-" * 80}\n{shown}\u00e9 \ufffd\n' * 2
 
 
-def test_pretrained_weights_are_sampled_from_their_file(tmp_path, monkeypatch, capsys):
+def test_pretrained_weights_are_sampled_from_their_file(tmp_path, monkeypatch, text_of):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=64))
     (tmp_path / 'a.safetensors').write_bytes(as_safetensors(model))
-    monkeypatch.setattr(sample, 'get_encoding', {'gpt2': Words()}.get)
-    out = sample_output(sample.Config(init_from=str(tmp_path / 'a.safetensors'), prompt='5 7', max_new_tokens=9,
-                                      temperature=0.0, num_samples=1, device='cpu'), capsys)
+    numbers = SimpleNamespace(eot_token=50256, decode_single_token_bytes=lambda token: b' %d' % token,
+                              encode=lambda text, allowed_special: [int(word) for word in text.split()])
+    monkeypatch.setattr(sample, 'get_encoding', {'gpt2': numbers}.get)
+    out = text_of(init_from=str(tmp_path / 'a.safetensors'), prompt='5 7', max_new_tokens=9, temperature=0.0)
     expected = model.generate(torch.tensor([[5, 7]]), 9, temperature=0)[0].tolist()
-    assert out.split() == ['-' * 80, *map(str, expected)]
+    assert out.split() == ['-' * 80, *map(str, expected)] * 2
+
+
+def test_the_newest_run_is_sampled_unless_another_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for time, name in enumerate(('a/best.pt', 'b/ckpt.pt', 'c/best.pt', 'b/best.pt')):
+        (tmp_path / 'out' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'out' / name).touch()
+        os.utime(tmp_path / 'out' / name, (time, time))
+    assert sample.newest_run() == 'out/b'
 
 
 @pytest.mark.parametrize('argv, message', [
     (dict(init_from='out/none'), 'out/none holds no run'),
     (dict(init_from='gpt2'), 'model.safetensors could not be fetched'),
     (dict(init_from=str(ROOT / 'tests/fixtures/tiny_gpt2.safetensors')), 'n_head must be at least 1'),
-    (dict(init_from='NARROW'), "has 257 token ids, not GPT-2's 50257"),
-    (dict(prompt='x' * 17), 'the prompt has 17 tokens'),
-    (dict(layer=0), 'layer 0 of'),
-    (dict(device='abacus'), 'device=abacus')])
-def test_mistakes_end_in_one_line_and_exit_code_2(argv, message, cfg, capsys, tmp_path):
-    if 'init_from' not in argv:
-        train.train(cfg)
-    if argv.get('init_from') == 'NARROW':
-        (tmp_path / 'a.safetensors').write_bytes(as_safetensors(GPT(replace(cfg, moe_layers=(), n_embd=64, n_head=1))))
-        argv = {'init_from': str(tmp_path / 'a.safetensors')}
-    with pytest.raises(SystemExit) as stop:
-        sample.sample(sample.Config(**{'init_from': cfg.out_dir} | argv))
-    error = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and message in error[-1]
-
-
-def test_an_unfinished_character_at_the_end_of_a_prompt_and_special_tokens_are_fine(cfg, capsys):
-    train.train(cfg)
-    assert sample_output(sample.Config(init_from=cfg.out_dir, prompt='<|endoftext|>a', max_new_tokens=1), capsys)
-    assert sample_output(sample.Config(init_from=cfg.out_dir, prompt='', max_new_tokens=1, temperature=0.0), capsys)
+    (dict(init_from='bytes.safetensors'), "has 257 token ids, not GPT-2's 50257"),
+    (dict(init_from=''), 'there is no run under out/ yet'), (dict(device='abacus'), 'device=abacus'),
+    (dict(prompt='x' * 17), 'the prompt has 17 tokens'), (dict(layer=0), 'layer 0 of')])
+def test_mistakes_end_in_one_line_and_exit_code_2(argv, message, cfg, text_of, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = GPT(replace(cfg, moe_layers=(), n_embd=64, n_head=1))
+    (tmp_path / 'bytes.safetensors').write_bytes(as_safetensors(other))
+    refused(message, capsys, text_of, **argv)

@@ -1,0 +1,546 @@
+"""A run's folder: how a run begins, is kept, goes on and is reported, alone or in several processes.
+
+    out/<name>/ckpt.pt      everything that the next step depends on
+    out/<name>/best.pt      the weights with the lowest validation loss, for sample.py and children
+    out/<name>/log.jsonl    a line for each logged step
+    out/<name>/run.json     config, parent, data and number of parameters
+
+Whatever the user can mend ends in one line that says how, and leaves the files as they were.
+"""
+
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from config import die
+from model import GPT, GPTConfig
+from weights import PRETRAINED, pretrained_path
+
+MAY_CHANGE = {'max_steps', 'device', 'log_interval', 'eval_interval', 'save_interval',     # with
+              'batch_size', 'grad_accum_steps'}                                  # --resume=True
+
+
+# Files
+
+def save(path: str, state: dict) -> None:
+    """Writes a checkpoint beside the old one, then puts it in its place: there is always a whole one."""
+    try:
+        with open(path + '.tmp', 'wb') as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error:            # torch.save turns a full disk into RuntimeError
+        if os.path.isfile(path + '.tmp'):
+            os.remove(path + '.tmp')
+        die(f'{path} could not be written ({error}); an older one is untouched: '
+            'make room and type the same command')
+
+
+@contextmanager
+def reading(path: str, advice: str = 'name another file or folder') -> Iterator[None]:
+    """A damaged or foreign file can raise almost anything: this turns it into one line."""
+    try:
+        yield
+    except Exception as error:
+        die(f'{path} cannot be used ({error!r:.200}); {advice}')
+
+
+def load(path: str) -> dict:
+    """A checkpoint: tensors and Python primitives, no code. Its checksums are verified."""
+    with reading(path):
+        if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
+            raise ValueError(f'{damaged} is damaged')
+        saved = torch.load(path, map_location='cpu', weights_only=True)
+        if saved['format'] != 1:
+            die(f'{path} has format {saved["format"]}, this code reads format 1; '
+                'use the version of this code that wrote it')
+    return saved
+
+
+def restore(saved: dict, path: str, build: Callable[[GPTConfig], GPT]) -> GPT:
+    """The model of a checkpoint. build makes one from a config, as GPT does."""
+    with reading(path):
+        model = build(GPTConfig(**{f.name: saved['config'][f.name] for f in fields(GPTConfig)}))
+        ours, theirs = mixture_name(model), saved.get('mixture', 'MoE')
+        if model.mixtures() and ours != theirs:
+            raise ValueError(f'its mixtures are {theirs}, not {ours}')
+        model.load_state_dict(saved['model'])
+    return model
+
+
+def mixture_name(model: GPT) -> str:
+    """The class of its mixtures, by which a checkpoint tells routers with equal tensors apart."""
+    return ', '.join({type(moe).__name__ for moe in model.mixtures().values()})
+
+
+def read_log(folder: str) -> list[dict]:
+    """The rows of a run's log. A kill may have torn off the last line."""
+    path = os.path.join(folder, 'log.jsonl')
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8') as f:
+        rows = [json.loads(line) for line in f if line.endswith('}\n')]
+    return [row for row in rows if row['step'] >= 0]
+
+
+def write_text(path: str, text: str, mode: str = 'w') -> None:
+    """Writes a file beside the old one, then puts it in its place; or adds to it (mode 'a')."""
+    try:
+        with open(path if mode == 'a' else path + '.tmp', mode, encoding='utf-8') as f:
+            f.write(text)
+        if mode == 'w':
+            os.replace(path + '.tmp', path)
+    except OSError as error:
+        die(f'{path} cannot be written ({error}); make room, or name another --out_dir')
+
+
+def finished(folder: str) -> dict | None:
+    """The last row of a run that has reached its end, else None: that row has no training loss."""
+    with reading(os.path.join(folder, 'log.jsonl'), 'move it away to go on without its rows'):
+        rows = read_log(folder)
+    return rows[-1] if rows and 'loss' not in rows[-1] else None
+
+
+def write_log(path: str, rows: list[dict], mode: str = 'a') -> None:
+    """Adds rows to the log, or begins it anew with them (mode 'w')."""
+    write_text(path, ''.join(json.dumps(row) + '\n' for row in rows), mode)
+
+
+def lock(out_dir: str) -> int:
+    """Makes the folder and keeps other programs from training in it, until what this returns is
+    closed by os.close."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        folder = os.open(out_dir, os.O_RDONLY)
+    except OSError as error:
+        die(f'{out_dir} cannot be written ({error}); name another --out_dir')
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        die(f'{out_dir} is being trained by another program; wait for it, stop it, '
+            'or name another --out_dir')
+    except OSError:
+        pass                                            # some network disks have no locks
+    return folder
+
+
+def check_disk(out_dir: str, checkpoint_bytes: int) -> None:
+    """While a checkpoint is written, the one before it is still there."""
+    free = shutil.disk_usage(out_dir).free
+    if free < 2 * checkpoint_bytes:
+        die(f'{out_dir} has {free / 1e6:,.1f} MB of disk left, two checkpoints take '
+            f'{2 * checkpoint_bytes / 1e6:,.1f} MB; make room, or name another --out_dir')
+
+
+# Where a run starts
+
+class Start(NamedTuple):
+    """How a run begins or goes on."""
+    cfg: GPTConfig                  # with its parent's shape
+    model: GPT
+    step: int = 0                   # steps done
+    best: float = math.inf          # lowest validation loss so far
+    parent: dict | None = None      # its path, sha256 and the keys that it gave; None from scratch
+    parent_model: GPT | None = None     # if the run begins just now
+    optimizer: dict | None = None   # the optimizer's state, if the run goes on
+    split: dict = {}                # of its batch, if it went on with smaller micro-batches
+
+
+def open_run(cfg: GPTConfig, explicit: set[str], meta: dict, data: dict[str, np.ndarray],
+             build: Callable[[GPTConfig], GPT]) -> Start:
+    """The run in cfg.out_dir where it stopped, or a new one.
+
+    explicit: the keys that a file or a flag set. meta, data: what load_data says, and its training
+    tokens. build makes a model from a config, as GPT does.
+    """
+    ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
+    if cfg.eval_only and cfg.init_from == 'scratch':
+        die('--eval_only=True evaluates what --init_from names; scratch names nothing')
+    if os.path.exists(ckpt) and not cfg.eval_only:
+        with reading(ckpt):
+            saved = load(ckpt)
+            cfg = check_same_run(cfg, explicit, saved)
+            if meta['domains'] != saved['data']['domains']:
+                die(f'{cfg.data_dir} changed since {cfg.out_dir} began; name another --out_dir')
+            as_asked = cfg.batch_size == saved['config']['batch_size']
+            start = Start(cfg, restore(saved, ckpt, build), saved['step'], saved['best'],
+                          saved['parent'], optimizer=saved['optimizer'],
+                          split=saved['split'] if as_asked else {})
+    elif cfg.resume:
+        die(f'{cfg.out_dir} holds no run to resume; leave --resume=True out to begin one')
+    else:
+        start = new_run(cfg, explicit, data, build)
+    if meta['vocab_size'] != start.cfg.vocab_size:
+        die(f'{cfg.data_dir} has {meta["vocab_size"]} token ids ({meta["encoding"]}), the model has '
+            f'vocab_size={start.cfg.vocab_size}; ' + (
+                'name data prepared with the other --encoding' if start.parent else
+                f'set --vocab_size={meta["vocab_size"]}'))
+    return start
+
+
+def new_run(cfg: GPTConfig, explicit: set[str], data: dict[str, np.ndarray],
+            build: Callable[[GPTConfig], GPT]) -> Start:
+    """A new run, from scratch or from a parent."""
+    parent = parent_model = None
+    if cfg.init_from != 'scratch':
+        itself = os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir)
+        if itself and not cfg.eval_only:
+            die(f'{cfg.out_dir} cannot be both where this run starts from and where it goes; '
+                'name another --out_dir')
+        # a .safetensors file does not say how many heads it has
+        asked = 'n_head' in explicit and cfg.init_from not in PRETRAINED
+        heads = {'n_head': cfg.n_head} if asked else {}
+        parent_model, path, saved = load_model(cfg.init_from, build, **heads)
+        theirs = asdict(parent_model.config)
+        shape = ['n_layer', 'n_head', 'n_embd', 'vocab_size']
+        if theirs['moe_layers']:
+            shape += ['moe_layers', 'n_experts', 'experts_per_token']
+        parent = {'path': cfg.init_from, 'sha256': file_hash(path),
+                  'gave': {key: theirs[key] for key in shape}}
+        cfg = inherit(cfg, explicit, parent)
+        print(f'starts from {path}' + (f' (step {saved["step"]}):' if saved else ':'),
+              *(f'{key}={value}' for key, value in parent['gave'].items()))
+        folder = os.path.dirname(path)
+        if os.path.exists(os.path.join(folder, 'log.jsonl')) and not finished(folder):
+            print(f'{cfg.init_from} has not finished: this is what it has so far')
+        if cfg.block_size > theirs['block_size']:
+            die(f'block_size must be at most the {theirs["block_size"]} of {cfg.init_from}, '
+                f'not {cfg.block_size}')
+    torch.manual_seed(cfg.seed)
+    try:
+        model = build(cfg)                              # checks what depends on several keys
+    except ValueError as error:
+        die(str(error))
+    if parent:
+        frequency = sum(np.bincount(tokens, minlength=cfg.vocab_size) / len(tokens)
+                        for tokens in data.values())    # of each id, every domain weighing the same
+        frequency = torch.from_numpy(frequency)
+        model.load_weights(parent_model.state_dict(), cfg.expert_noise, frequency)
+    return Start(cfg, model, parent=parent, parent_model=parent_model)
+
+
+def check_same_run(cfg: GPTConfig, explicit: set[str], saved: dict) -> GPTConfig:
+    """cfg, with its parent's shape. Dies unless the run in the folder is the one asked for."""
+    def plain(value):
+        return os.path.normpath(value) if type(value) is str else value     # out/a/ is out/a
+
+    old, parent = asdict(type(cfg)()) | saved['config'], saved['parent']
+    if parent and plain(cfg.init_from) == plain(parent['path']):
+        cfg, path = inherit(cfg, explicit, parent), source_file(parent['path'])
+        if path and os.path.exists(path) and file_hash(path) != parent['sha256']:
+            die(f'{path} changed since {cfg.out_dir} started from it; '
+                'name another --out_dir to start from it as it is')
+    differ = {key: f'{key}={old[key]}, now {value}' for key, value in asdict(cfg).items()
+              if key not in ('out_dir', 'resume') and plain(value) != plain(old[key])}
+    may = MAY_CHANGE
+    if cfg.batch_size * cfg.grad_accum_steps != old['batch_size'] * old['grad_accum_steps']:
+        may = may - {'batch_size', 'grad_accum_steps'}
+    if differ and not (cfg.resume and differ.keys() <= may):
+        die(f'{cfg.out_dir} holds a run with other settings ({", ".join(differ.values())}); '
+            'name another --out_dir' + (', or go on with --resume=True' if differ.keys() <= may else ''))
+    if saved['step'] > cfg.max_steps:
+        die(f'{cfg.out_dir} is at step {saved["step"]} already, beyond max_steps={cfg.max_steps}')
+    return cfg
+
+
+def inherit(cfg: GPTConfig, explicit: set[str], parent: dict) -> GPTConfig:
+    """cfg with the shape that its parent gives; dies if another was asked for."""
+    for key, value in parent['gave'].items():
+        if key in explicit and getattr(cfg, key) != value:
+            die(f'{key}={getattr(cfg, key)} cannot be: {parent["path"]}, '
+                f'from which this run starts, has {key}={value}')
+    return replace(cfg, **parent['gave'])
+
+
+def source_file(init_from: str) -> str | None:
+    """The file behind --init_from: GPT-2's weights, a file, or a run's best.pt, else its ckpt.pt."""
+    if init_from in PRETRAINED:
+        return pretrained_path(init_from)
+    files = [init_from, *(os.path.join(init_from, name) for name in ('best.pt', 'ckpt.pt'))]
+    return next(filter(os.path.isfile, files), None)
+
+
+def load_model(init_from: str, build: Callable[[GPTConfig], GPT] = GPT,
+               **overrides) -> tuple[GPT, str, dict | None]:
+    """(the model, its file, the facts of its run if a run left it). Dies if there is none.
+
+    build and overrides: what a run's, and what GPT-2's weights are made into.
+    """
+    path = source_file(init_from)
+    if path is None:
+        config = f'config/{os.path.basename(os.path.normpath(init_from))}.py'
+        config = config if os.path.exists(config) else 'config/tiny_dense.py'
+        die(f'{init_from} holds no run (no best.pt, no ckpt.pt), nor is it a file or one of '
+            f'{", ".join(PRETRAINED)}; this trains one: python train.py {config}')
+    if init_from not in PRETRAINED and not path.endswith('.safetensors'):
+        saved = load(path)
+        model = restore(saved, path, build)
+        return model, path, {key: saved[key] for key in ('step', 'data')}     # the tensors may go
+    if not os.path.exists(path):
+        print(f'fetches the weights of {init_from} to {path}')
+    try:
+        return GPT.from_pretrained(init_from, **overrides), path, None
+    except OSError as error:
+        die(f'{error}; fetch it where there is a network and name the file with '
+            '--init_from=<its path>.safetensors, or do without: python train.py config/tiny_dense.py')
+    except ValueError as error:
+        die(f'{error}; name another with --init_from')
+
+
+def file_hash(path: str) -> str:
+    """Its sha256."""
+    try:
+        return hashlib.sha256(np.memmap(path, mode='r')).hexdigest()
+    except (OSError, ValueError) as error:              # ValueError: it is empty
+        die(f'{path} cannot be read ({error}); name another --init_from, or train that run again')
+
+
+def begin_folder(cfg: GPTConfig, config: dict, model: GPT, device: str, meta: dict,
+                 parent: dict | None, parent_val: dict | None, step: int) -> int:
+    """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes."""
+    total, active = model.count_parameters()
+    mb = 4 * total / 1e6
+    print(f'{device}, {"TF32" if cfg.tf32 else "fp32"}, {total:,} parameters, '
+          f'{active:,} of them active for a token')
+    print(f'memory: weights {mb:,.1f} MB, gradients {mb:,.1f} MB, Adam {2 * mb:,.1f} MB, '
+          f'and activations; a checkpoint takes {3 * mb:,.1f} MB')
+    folder = lock(cfg.out_dir)
+    try:
+        check_disk(cfg.out_dir, 12 * total)
+        log, path = (os.path.join(cfg.out_dir, name) for name in ('log.jsonl', 'run.json'))
+        with reading(log, 'move it away to go on without its rows'):
+            rows = [row for row in read_log(cfg.out_dir) if row['step'] < step]
+        if parent and not parent_val and os.path.exists(path):          # a run that goes on
+            with reading(path, 'move it away'), open(path, encoding='utf-8') as f:
+                parent_val = json.load(f)['parent_val']
+        write_log(log, rows, 'w')
+        write_text(path, json.dumps({'config': config, 'parent': parent, 'data': meta,
+                                     'parent_val': parent_val, 'parameters': total, 'active': active}))
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder
+
+
+# Devices, memory, signals, processes
+
+def pick_device(name: str) -> str:
+    """The device asked for, else the first of CUDA, MPS and CPU that is there."""
+    if not name:
+        mps = torch.backends.mps.is_available()
+        return 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    try:
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError) as error:
+        die(f'device={name} cannot be used ({error!r:.100}); leave --device out to take what is there')
+    return name
+
+
+def set_up_device(cfg: GPTConfig) -> str:
+    """The device of a run, with PyTorch told how exact and how repeatable it has to be."""
+    device = pick_device(cfg.device)
+    if cfg.tf32 and not device.startswith('cuda'):
+        die(f'tf32 is for NVIDIA GPUs and this is {device}; leave --tf32 out')
+    torch.set_float32_matmul_precision('high' if cfg.tf32 else 'highest')
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # or cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    return device
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device, or the machine, says that it has no memory left."""
+    said = ('out of memory', "can't allocate memory", 'ALLOC_FAILED')
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+
+
+def smaller_batch(cfg: GPTConfig, error: RuntimeError, step: int) -> GPTConfig:
+    """cfg with micro-batches half as large and twice as many, the step's batch as it was.
+
+    Raises an error that is another than running out of memory. Dies if a batch cannot be halved.
+    """
+    if not out_of_memory(error):
+        raise error
+    asked = f'step {step}: out of memory with --batch_size={cfg.batch_size}; '
+    if dist.is_initialized():
+        die(asked + 'several processes need a smaller one from the start')
+    if cfg.batch_size == 1:
+        die(asked + f'try --block_size={cfg.block_size // 2} and another --out_dir')
+    size = cfg.batch_size // 2 if cfg.batch_size % 2 == 0 else 1
+    parts = cfg.grad_accum_steps * cfg.batch_size // size
+    print(f'out of memory: from here on --batch_size={size} --grad_accum_steps={parts}; the same '
+          'command goes on like this, and --resume=True with these two makes it what was asked for')
+    return replace(cfg, batch_size=size, grad_accum_steps=parts)
+
+
+def check_finite(step: int, what: str, value: float) -> None:
+    """Ends a run whose numbers are no longer finite. Its last checkpoint stays as it was."""
+    if not math.isfinite(value):
+        die(f'step {step}: the {what} is {value}; the last checkpoint was left as it was; '
+            'begin anew with a smaller --learning_rate and another --out_dir')
+
+
+class Stopped(Exception):
+    """A signal came and was honoured. The message says what was kept."""
+
+    def __init__(self, message: str = 'stopped before the first step; the same command begins again'):
+        super().__init__(message)
+
+
+def catch_signals() -> list[int]:
+    """A list that gets the number of the first SIGINT or SIGTERM; the second ends the program."""
+    caught = []
+
+    def handler(number: int, frame: object) -> None:
+        caught.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        os.write(2, b'stops after the step under way; once more to stop at once\n')   # print may be busy
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return caught
+
+
+def join_processes(cfg: GPTConfig, device: str) -> tuple[int, int]:
+    """(this process's number, how many there are): more than one under torchrun."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1 and not dist.is_initialized():
+        if cfg.grad_accum_steps % world:
+            die(f'grad_accum_steps={cfg.grad_accum_steps} cannot be shared by {world} processes; '
+                'set a multiple')
+        if device == 'cuda':
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+        dist.init_process_group('nccl' if device == 'cuda' else 'gloo')
+    if rank:
+        sys.stdout = open(os.devnull, 'w')              # one process alone prints
+    return rank, world
+
+
+def told_to_stop(stop: list[int], step: int, world: int, device: str) -> bool:
+    """Whether any process was told to stop. All ask at once, and must be at the same step."""
+    if world == 1:
+        return bool(stop)
+    flags = torch.tensor([bool(stop), step, -step], device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    stopped, highest, lowest = flags.tolist()
+    if highest != -lowest:
+        die(f'the processes are at different steps, {-lowest} and {highest}: '
+            '--out_dir must be one folder for all')
+    return bool(stopped)
+
+
+def of_all_processes(stats: Tensor, counts: Tensor, world: int) -> tuple[Tensor, Tensor]:
+    """stats (micro-batches, ...) of every process in the micro-batches' order, and counts summed."""
+    if world == 1:
+        return stats, counts
+    parts = [torch.empty_like(stats) for _ in range(world)]
+    dist.all_gather(parts, stats)
+    if counts.numel():
+        dist.all_reduce(counts)
+    return torch.stack(parts, dim=1).flatten(0, 1), counts
+
+
+# What is printed
+
+def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: GPTConfig,
+                     warn: bool = True) -> None:
+    """The validation losses, each mixture's share of tokens per expert in percent, and warnings."""
+    domains = (f' {domain} {loss:.4f}' for domain, loss in val.items())
+    print(f'{label:12} val {fmean(val.values()):.4f} ', *domains)
+    even = cfg.experts_per_token / cfg.n_experts
+    for layer, of_domain in share.items():
+        for domain, shares in of_domain.items():
+            bars = (' ▁▂▃▄▅▆▇█'[math.ceil(8 * math.sqrt(s))] for s in shares)
+            print(f'    layer {layer:>2} {domain:>10.10} ',
+                  *(f'{bar}{100 * s:3.0f}' for bar, s in zip(bars, shares)))
+        mean = np.mean(list(of_domain.values()), axis=0)
+        most = min(1.0, max(mean) * cfg.experts_per_token)      # of the tokens, not of the choices
+        if warn and most > even + 0.5 * (1 - even):             # more than half way from even to all
+            print(f'    WARNING: in layer {layer} expert {mean.argmax()} takes {most:.0%} '
+                  'of the tokens (collapse)')
+        if warn and not mean.all():
+            print(f'    WARNING: in layer {layer} no token goes to expert', *np.flatnonzero(mean == 0))
+
+
+def print_step(row: dict, losses: list[float], domains: list[str], cfg: GPTConfig) -> None:
+    """A training step in one line; losses are those of its sequences, domains where these are from."""
+    parts = [f'step {row["step"]:>6}/{cfg.max_steps}  loss {row["loss"]:.3f} ']
+    for name in sorted(set(domains)):
+        mean = fmean(loss for loss, domain in zip(losses, domains) if domain == name)
+        parts.append(f'{name} {mean:.3f}')
+    if cfg.moe_layers:
+        parts.append(f' balance {row["balance"]:.3f}  z {row["z"]:.3f}')
+    left = timedelta(seconds=round((cfg.max_steps - row['step'] - 1) * row['seconds']))
+    print(*parts, f' lr {row["lr"]:.1e}  {row["tokens_per_s"]:,.0f} tokens/s  {left} left')
+
+
+class Sibling(NamedTuple):
+    """A finished run, as its run.json and its log tell it."""
+    folder: str
+    parent: tuple[str, float] | None    # its path and validation loss
+    shared: tuple                       # what runs must have in common to be compared
+    twin: int | None                    # the seed of a dense run
+    seed: int
+    val: float
+    active: int                         # parameters
+    seconds: float                      # per step
+
+
+def read_sibling(folder: str) -> Sibling | None:
+    """The run in a folder; None if it is not finished, older than run.json, or damaged."""
+    try:
+        with open(os.path.join(folder, 'run.json'), encoding='utf-8') as f:
+            run = json.load(f)
+        rows, config, parent, parent_val = read_log(folder), run['config'], None, run['parent_val']
+        if 'loss' in rows[-1]:
+            return None
+        if parent_val:
+            parent = run['parent']['path'], fmean(parent_val.values())
+        tokens = config['batch_size'] * config['grad_accum_steps'] * config['block_size']
+        shared = (run['parent'] and run['parent']['sha256'], run['data']['domains'],
+                  config['max_steps'], tokens)
+        return Sibling(folder, parent, shared, None if config['moe_layers'] else config['seed'],
+                       config['seed'], rows[-1]['val_mean'], run['active'],
+                       fmean(row['seconds'] for row in rows if 'seconds' in row))
+    except Exception:                   # another run's damage is no matter here
+        return None
+
+
+def print_siblings(out_dir: str) -> None:
+    """Compares a finished run with its parent, and with the finished runs beside it that had the same
+    parent, data and steps. A mixture's difference is to the dense run of its seed."""
+    mine = read_sibling(out_dir)
+    if not mine:
+        return                          # the folder is an older version's
+    beside = glob.glob(os.path.join(os.path.dirname(os.path.abspath(out_dir)), '*', ''))
+    runs = [run for folder in beside if (run := read_sibling(os.path.relpath(folder)))]
+    runs = [run for run in runs if run.shared == mine.shared]
+    if len(runs) == 1 and not mine.parent:
+        return                          # there is nothing to compare it with
+    dense = {run.twin: run.val for run in runs}
+    print(f'\n{"same parent, data and steps":32}{"val":>8}{"to dense":>10}{"active":>10}{"s/step":>9}')
+    if mine.parent:
+        print(f'{mine.parent[0] + ", the parent":32}{mine.parent[1]:8.4f}')
+    for run in sorted(runs, key=lambda run: -run.val):
+        gap = f'{run.val - dense[run.seed]:+.4f}' if run.twin is None and run.seed in dense else ''
+        print(f'{run.folder:32}{run.val:8.4f}{gap:>10}{run.active / 1e6:8.2f} M{run.seconds:9.3f}')

@@ -1,0 +1,453 @@
+"""What dispatch, precision, memory and generation cost here, with random weights and tokens.
+
+    python -m study.bench                   minutes on a GPU, a quarter of an hour on two CPU cores
+    python -m study.bench --quick=True      smaller tables: two minutes on two CPU cores
+    python -m study.bench --only=step,layer --json=bench.json       some of the parts, in a file too
+
+A time is the median of repetitions after burn-in, the device waited for before and after each. All
+that a row compares took turns, so it compares even where other programs come and go.
+"""
+
+import gc
+import json
+import math
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from statistics import median
+
+import train        # before torch: it says how threads wait for one another
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from config import configure, die
+from model import GPT, MLP, MoE, Routing, load_balance_loss, sorted_loop
+from runs import pick_device
+
+FLAGSHIP = train.Config()               # GPT-2 small, 8 experts in layers 8-11, top-1, 8 x 512 tokens
+SPLITS = (2, 4), (4, 2), (8, 1)         # of a step: sequences x micro-batches
+QUICK_SPLITS, QUICK_BLOCK = ((1, 1),), 256
+NAMES = 'dense', 'mistral_loop', 'sorted_loop'          # what a step is timed with
+TOKENS, CPU_TOKENS = (1024, 32768), (1024, 8192)        # of one layer
+EXPERTS = 8, 16, 64, 128
+CAPACITY = 1.25                         # places per token, where experts have a fixed number of them
+PROMPT, NEW, FEW = 240, 32, 2           # tokens read, written, and written where each reads all again
+TEXT = np.random.default_rng(0).integers(FLAGSHIP.vocab_size, size=2**16, dtype=np.uint16)
+DATA = {'random': TEXT}
+
+
+@dataclass(frozen=True)
+class Config:
+    quick: bool = False         # smaller tables
+    only: str = ''              # some of step,layer,memory,generate; '' is all
+    repeats: int = 0            # repetitions of each timing; 0 is 3 on a CPU and 20 elsewhere
+    json: str = ''              # a file for all rows
+    device: str = ''            # cuda, mps, cpu ...; '' is the first of these that is there
+
+    def __post_init__(self):
+        if not set(filter(None, self.only.split(','))) <= PARTS.keys() or self.repeats < 0:
+            raise ValueError(f'only must be some of {",".join(PARTS)} and repeats at least 0')
+
+
+# Other ways to dispatch, each in model.sorted_loop's place: experts, x (N, C), routing -> (N, C)
+
+def mistral_loop(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
+    """mistral-inference's loop (moe.py): each expert looks for its tokens itself."""
+    y = torch.zeros_like(x)
+    for i, expert in enumerate(experts):
+        token, slot = torch.where(routing.experts == i)     # how many? the host has to wait
+        # an expert without tokens gets a gradient of 0 here, not None
+        y[token] += routing.weights[token, slot, None] * expert(x[token])
+    return y
+
+
+def stack(experts: Iterable[MLP], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """All experts' c_fc and c_proj, (E, in + 8, out) each, their biases among them.
+
+    A bias weighs an input of 1. Seven rows of 0 keep all rows aligned to 16 bytes, as grouped
+    products ask.
+    """
+    layers = []
+    for name in ('c_fc', 'c_proj'):
+        each = [getattr(expert, name) for expert in experts]
+        with_bias = [torch.cat([layer.weight, layer.bias[:, None]], dim=1) for layer in each]
+        layers.append(F.pad(torch.stack(with_bias), (0, 7)).to(dtype).transpose(1, 2))
+    return tuple(layers)
+
+
+def all_mlps(rows: Tensor, multiply: Callable, w1: Tensor, w2: Tensor) -> Tensor:
+    """The experts' MLPs at once. multiply: each expert's rows by its own matrix."""
+    hidden = multiply(F.pad(rows, (0, 8), value=1.0), w1)
+    hidden = F.gelu(hidden, approximate='tanh')
+    return multiply(F.pad(hidden, (0, 8), value=1.0), w2)
+
+
+def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing,
+            stacked: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """What production does (top-1): sorted tokens, one kernel in bf16 for all experts' products.
+
+    stacked: what stack returns, if it is to be done beforehand.
+    """
+    w1, w2 = stacked or stack(experts, torch.bfloat16)
+    order = routing.experts.flatten().argsort(stable=True)
+    grouped_mm = getattr(F, 'grouped_mm', None) or torch._grouped_mm        # F's since torch 2.10
+    multiply = partial(grouped_mm, offs=routing.counts.cumsum(0).int())
+    y = all_mlps(x.to(w1.dtype).index_select(0, order), multiply, w1, w2)
+    return routing.weights * torch.empty_like(x).index_copy(0, order, y.to(x.dtype))
+
+
+def capacity(experts: nn.ModuleList, x: Tensor, routing: Routing, places: int,
+             stacked: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Switch Transformer's (arXiv 2101.03961, section 2.2), top-1: every expert has as many places.
+
+    So batched products serve all, and a token that comes too late gets nothing.
+    """
+    w1, w2 = stacked or stack(experts)
+    (N, C), E = x.shape, len(routing.counts)
+    expert, order = routing.experts.flatten().sort(stable=True)
+    first = routing.counts.cumsum(0) - routing.counts               # each expert's first token
+    queue = torch.arange(N, device=x.device) - first[expert]        # how many came before
+    # the last place is for the late
+    place = torch.where(queue < places, expert * places + queue, E * places)
+    batch = x.new_zeros(E * places + 1, C).index_copy(0, place, x.index_select(0, order))
+    y = all_mlps(batch[:-1].view(E, places, C), torch.bmm, w1, w2).flatten(0, 1)
+    y = F.pad(y, (0, 0, 0, 1)).index_select(0, place)               # where they get 0
+    return routing.weights * torch.empty_like(x).index_copy(0, order, y)
+
+
+# Times and tables
+
+def interleave(calls: dict, repeats: int, device: str) -> dict:
+    """{name: median milliseconds} of functions that take turns, after a round of burn-in (three on
+    an accelerator)."""
+    on_cpu = device.startswith('cpu')
+    burn_in, repeats = (1, repeats or 3) if on_cpu else (3, repeats or 20)
+    sync = (lambda: None) if on_cpu else partial(torch.accelerator.synchronize, device)
+    times = {name: [] for name in calls}
+    for _ in range(burn_in + repeats):
+        for name, call in calls.items():
+            sync()
+            start = time.perf_counter()
+            call()
+            sync()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: median(each[burn_in:]) for name, each in times.items()}
+
+
+def beside(ms: dict[str, float | None]) -> dict[str, float | None]:
+    """A row's cells: each time, and as a multiple of the dense one in its precision."""
+    cells = {}
+    for name, t in ms.items():
+        cells[f'{name} ms'] = t
+        if name not in ('dense', 'bf16'):
+            cells[f'{name} x'] = t and t / ms['bf16' if name == 'grouped' else 'dense']
+    return cells
+
+
+def show(title: str, rows: list[dict], *notes: str) -> list[dict]:
+    """Prints rows as a table, and what to know about it."""
+    formats = {str: '{}', int: '{:,}', float: '{:,.2f}', type(None): '-'}
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([formats[type(value)].format(value) for value in row.values()])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f'\n{title}')
+    for line in lines:
+        print('  ' + '  '.join(map(str.rjust, line, widths)))
+    for note in notes:
+        print(note)
+    return rows
+
+
+# The parts: each prints its tables and returns {table: rows}
+
+def make(device: str, **overrides) -> tuple[GPT, torch.optim.Optimizer]:
+    """The flagship and train.py's optimizer. Its rate is 0, so every repetition sees the same."""
+    torch.manual_seed(0)
+    model = GPT(replace(FLAGSHIP, **overrides)).to(device)
+    groups, betas = model.parameter_groups(FLAGSHIP.weight_decay), (FLAGSHIP.beta1, FLAGSHIP.beta2)
+    return model, torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def set_up(models: dict, name: str, precision: str) -> tuple[GPT, torch.optim.Optimizer]:
+    """The model behind a name, with precision and dispatch set: several names share the mixture."""
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    model, optimizer = models['dense' if name == 'dense' else 'mixture']
+    for moe in model.mixtures().values():
+        moe.dispatch = mistral_loop if name == 'mistral_loop' else sorted_loop
+    return model, optimizer
+
+
+def one_step(models: dict, name: str, precision: str, c: train.Config, device: str) -> None:
+    """An optimizer step of train.py."""
+    model, optimizer = set_up(models, name, precision)
+    train.gradients(model, DATA, c, 0, 0.0, device, range(c.grad_accum_steps), load_balance_loss)
+    float(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
+    optimizer.step()
+
+
+def step_part(cfg: Config, device: str) -> dict:
+    """The optimizer step, dense and as a mixture with either loop; on CUDA also its launches."""
+    cuda, block, splits = device.startswith('cuda'), FLAGSHIP.block_size, SPLITS
+    if cfg.quick:
+        block, splits = QUICK_BLOCK, QUICK_SPLITS
+    elif device.startswith('cpu'):
+        splits = SPLITS[:1]
+    precisions = ('fp32', 'tf32') if cuda else ('fp32',)
+    cfgs = {(B, parts): replace(FLAGSHIP, batch_size=B, grad_accum_steps=parts, block_size=block)
+            for B, parts in splits}
+    models = {'dense': make(device, moe_layers=()), 'mixture': make(device)}
+    ms = interleave({key: partial(one_step, models, key[2], key[1], cfgs[key[0]], device)
+                     for key in product(splits, precisions, NAMES)}, cfg.repeats, device)
+    rows = []
+    for (B, parts), precision in product(splits, precisions):
+        times = {name: ms[(B, parts), precision, name] for name in NAMES}
+        rows.append({'split': f'{B}x{parts}', 'precision': precision} | beside(times))
+    notes = ["mistral_loop: mistral-inference's. sorted_loop: model.py's. x: times dense; the "
+             'original estimated 1.01 to 1.04.']
+    if cfg.quick:
+        notes.append('Few tokens: Adam, with twice the parameters, weighs more than it really does.')
+    if not cuda:
+        notes.append('Launches, waits for the device, TF32: CUDA only.')
+    tokens = math.prod(splits[0]) * block
+    title = f'an optimizer step on {tokens:,} tokens, split into sequences x micro-batches'
+    tables = {'step': show(title, rows, *notes)}
+    if cuda:
+        first = cfgs[splits[0]]
+        tables['launches'] = launches(models, first, device)
+        tables['tf32'] = tf32_choices(models, first, device)
+    return tables
+
+
+def launches(models: dict, c: train.Config, device: str) -> list[dict]:
+    """What a micro-batch and a step launch, and how often the host waits. CUDA only."""
+    (x, y), rows, loss = train.get_batch(DATA, c, 0, 0, device), [], []
+    for name in NAMES:
+        model, _ = set_up(models, name, 'fp32')
+        calls = {'forward': lambda: loss.append(model(x, y)[1]),
+                 'backward': lambda: loss.pop().backward(),
+                 'step': partial(one_step, models, name, 'fp32', c, device)}
+        row = {'dispatch': name}
+        for part, call in calls.items():
+            row[f'{part} launches'], row[f'{part} waits'] = counted(call)
+        rows.append(row)
+    split = f'{c.batch_size}x{c.grad_accum_steps}'
+    return show(f'one micro-batch, forward and backward, and a step of {split}', rows,
+                'The original estimated 128 launches more than dense.')
+
+
+def counted(call: Callable) -> tuple[int, int]:
+    """(kernels that call launches, times that it makes the host wait for the device). CUDA only."""
+    with warnings.catch_warnings(record=True) as caught, torch.profiler.profile() as profile:
+        warnings.simplefilter('always')
+        torch.cuda.set_sync_debug_mode('warn')
+        call()
+        torch.cuda.set_sync_debug_mode('default')
+        torch.cuda.synchronize()
+    launched = [event.count for event in profile.key_averages()
+                if event.key.startswith(('cudaLaunchKernel', 'cuLaunchKernel'))]
+    return sum(launched), sum('called a synchronizing' in str(w.message) for w in caught)
+
+
+@torch.no_grad()
+def tf32_choices(models: dict, c: train.Config, device: str) -> list[dict]:
+    """How many routing choices are others in TF32. Leaves fp32 for the parts that follow."""
+    (x, _), chosen = train.get_batch(DATA, c, 0, 0, device), []
+    for precision in ('tf32', 'fp32'):
+        model, _ = set_up(models, 'sorted_loop', precision)
+        routing = model.eval()(x)[2].values()
+        chosen.append(torch.stack([r.logits.argmax(dim=1) for r in routing]))
+    changed = 100 * (chosen[0] != chosen[1]).float().mean().item()
+    rows = [{'routing choices': chosen[0].numel(), 'others than in fp32 %': changed}]
+    return show('what TF32 changes', rows)
+
+
+def layer_part(cfg: Config, device: str) -> dict:
+    """One mixture, top-1, forward and backward with each dispatch, beside one MLP for all tokens."""
+    tokens, experts = CPU_TOKENS if device.startswith('cpu') else TOKENS, EXPERTS
+    if cfg.quick:
+        tokens, experts = TOKENS[:1], EXPERTS[:2]
+    rows = [layer_row(N, E, cfg, device) for N, E in product(tokens, experts)]
+    return {'layer': show(
+        'one layer, top-1, forward and backward', rows,
+        "mistral_loop: mistral-inference's. sorted_loop: model.py's. x: times dense, the same MLP for "
+        'all tokens.',
+        f'capacity: {CAPACITY} places per token, batched products; dropped: tokens without a place, '
+        'the router being new.',
+        'grouped: one bf16 kernel for all experts, weights stacked beforehand; bf16: the MLP; '
+        '-: not on this device.')}
+
+
+def layer_row(N: int, E: int, cfg: Config, device: str) -> dict:
+    """The times of one size: N tokens, E experts."""
+    torch.manual_seed(0)
+    moe = MoE(replace(FLAGSHIP, n_experts=E)).to(device)
+    torch.nn.init.normal_(moe.router.weight, std=0.02)
+    x, grad = torch.randn(2, N, FLAGSHIP.n_embd, device=device)
+    x.requires_grad_()
+    mlp, router = moe.experts[0], moe.router.weight
+
+    def beforehand(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(w.detach().requires_grad_() for w in stack(moe.experts, dtype))
+
+    def mixture(dispatch: Callable) -> Tensor:
+        return dispatch(moe.experts, x, moe.route(x, None, None))
+
+    wide = beforehand(torch.float32)
+    fixed = partial(capacity, places=math.ceil(CAPACITY * N / E), stacked=wide)
+    ways = {        # what is called, and the weights whose gradients it makes
+        'dense': (lambda: mlp(x), mlp.parameters()),
+        'mistral_loop': (partial(mixture, mistral_loop), moe.parameters()),
+        'sorted_loop': (partial(mixture, sorted_loop), moe.parameters()),
+        'capacity': (partial(mixture, fixed), [router, *wide])}
+    needed = (8, 0) if hasattr(F, 'grouped_mm') else (9, 0)
+    if device.startswith('cuda') and torch.cuda.get_device_capability(device) >= needed:
+        half, halves = MLP(FLAGSHIP).to(device, torch.bfloat16), beforehand(torch.bfloat16)
+        ways['bf16'] = (lambda: half(x.bfloat16()).float(), half.parameters())
+        ways['grouped'] = (partial(mixture, partial(grouped, stacked=halves)), [router, *halves])
+        y, right = (ways[name][0]().detach() for name in ('grouped', 'sorted_loop'))
+        assert (y - right).norm() < 2e-2 * right.norm(), 'grouped products and the loop disagree'
+
+    def forward_and_backward(call: Callable, weights: list[Tensor]) -> None:
+        # gradients are made anew each time; an expert without tokens has none
+        torch.autograd.grad(call(), weights, grad, allow_unused=True)
+
+    calls = {name: partial(forward_and_backward, call, [x, *weights])
+             for name, (call, weights) in ways.items()}
+    ms = dict.fromkeys((*ways, 'bf16', 'grouped')) | interleave(calls, cfg.repeats, device)
+    late = (mixture(fixed) == 0).all(dim=1).float().mean().item()
+    return {'tokens': N, 'experts': E} | beside(ms) | {'dropped %': 100 * late}
+
+
+def memory_part(cfg: Config, device: str) -> dict:
+    """What a training step of the flagship keeps, 2 sequences at a time, beside the arithmetic."""
+    def used() -> int:
+        return torch.cuda.memory_allocated(device) if device.startswith('cuda') else 0
+
+    gc.collect()                                                    # what earlier parts left
+    before, saved = used(), {}
+    c = replace(FLAGSHIP, batch_size=2, grad_accum_steps=1)
+    models = {'mixture': make(device)}
+    model, optimizer = models['mixture']
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(t: Tensor) -> Tensor:                                  # what the backward pass needs
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    one_step(models, 'sorted_loop', 'fp32', c, device)
+    P = sum(p.nbytes for p in model.parameters())
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    adam = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    held = used()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model(*train.get_batch(DATA, c, 0, 0, device))[1]
+    activations = used() - held or sum(saved.values())              # on CUDA the allocator's word
+    del loss
+    N = 2 * c.block_size
+    A = 16 * c.n_embd * c.n_layer + 2 * c.n_embd * len(c.moe_layers) + c.vocab_size
+    rows = [('parameters', P, P), ('gradients', gradients, P), ('Adam', adam, 2 * P),
+            ('activations', activations, 4 * N * A),
+            ('in all', P + gradients + adam + activations, 4 * P + 4 * N * A)]
+    if used():
+        torch.cuda.reset_peak_memory_stats(device)
+        one_step(models, 'sorted_loop', 'fp32', c, device)
+        rows.append(('peak', torch.cuda.max_memory_allocated(device) - before, None))
+    return {'memory': show(
+        f'memory to train on {N:,} tokens at a time, GB',
+        [{'what': what, 'measured': m / 1e9, 'arithmetic': a and a / 1e9} for what, m, a in rows],
+        f'activations: 4 bytes x {N:,} tokens x (16 C per layer + 2 C per mixture + vocab_size); a CPU',
+        "also keeps attention's T x T matrices and dropout's noise. The original estimated 3.3 to 3.5 GB in all.")}
+
+
+def huggingface(device: str) -> Callable:
+    """transformers' greedy generation with GPT-2's shape, called as GPT.generate is."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    shape = {key: getattr(FLAGSHIP, key) for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
+    config = GPT2Config(n_positions=FLAGSHIP.block_size, eos_token_id=None, **shape)
+    model = GPT2LMHeadModel(config).to(device).eval()
+    return lambda idx, n: model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
+                                         do_sample=False, pad_token_id=0)
+
+
+@torch.no_grad()
+def generate_part(cfg: Config, device: str) -> dict:
+    """Greedy tokens per second at about 256 tokens of context, beside GPT-2's bare products."""
+    dense, mixture = make(device, moe_layers=())[0].eval(), make(device)[0].eval()
+    writers = {'GPT-2': partial(dense.generate, temperature=0),
+               'mixture': partial(mixture.generate, temperature=0)}
+    notes = [f"bare products: GPT-2's linear layers alone. The prompt is left out: {1 + NEW} tokens' "
+             'time less that of 1.']
+    if find_spec('transformers'):
+        writers['Hugging Face GPT-2'] = huggingface(device)
+    else:
+        notes.append('transformers is not installed: no row for its generate.')
+
+    def bare(x: Tensor) -> None:                                    # (B, C): a token of each sequence
+        for _ in range(NEW):
+            for block in dense.h:
+                block.attn.c_attn(x), block.attn.c_proj(x), block.mlp.c_proj(block.mlp.c_fc(x))
+            F.linear(x, dense.wte.weight)
+
+    def reread(idx: Tensor) -> None:                                # a new cache each time
+        for _ in range(FEW):
+            logits = dense(idx, cache=dense.new_cache(len(idx)))[0]
+            idx = torch.cat([idx, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+
+    calls = {}
+    for B in (1,) if cfg.quick else (1, 8):
+        idx = torch.randint(FLAGSHIP.vocab_size, (B, PROMPT + NEW // 2), device=device)
+        x = torch.randn(B, FLAGSHIP.n_embd, device=device)
+        calls[B, 'bare products', NEW] = partial(bare, x)
+        calls[B, 'GPT-2 without a cache', FEW] = partial(reread, idx)
+        for name, write in writers.items():
+            for n in (1, 1 + NEW):
+                calls[B, name, n] = partial(write, idx[:, :PROMPT], n)
+    ms, rates = interleave(calls, cfg.repeats, device), {}
+    for (B, name, n), t in ms.items():
+        if n > 1:                                                   # n = 1 is what others are less
+            rates[B, name] = 1000 * B * min(n, NEW) / (t - ms.get((B, name, 1), 0))
+    rows = []
+    for (B, name), rate in rates.items():
+        share = rate / rates[B, 'bare products']
+        rows.append({'what': name, 'sequences': B, 'tokens/s': rate, 'of bare': share})
+    title = f'greedy generation around {PROMPT + NEW // 2} tokens of context'
+    return {'generate': show(title, rows, *notes)}
+
+
+PARTS = {'step': step_part, 'layer': layer_part, 'memory': memory_part, 'generate': generate_part}
+
+
+def main(cfg: Config) -> dict:
+    """Runs the parts and returns all their rows."""
+    device = pick_device(cfg.device)
+    name, threads = f'{device} ({platform.machine()})', torch.get_num_threads()
+    if device.startswith('cuda'):
+        name = torch.cuda.get_device_name(device)
+    report = {'device': name, 'torch': torch.__version__, 'threads': threads, 'parts': {}}
+    print(f'{name}, torch {torch.__version__}, {threads} threads')
+    for part in cfg.only.split(',') if cfg.only else PARTS:
+        report['parts'] |= PARTS[part](cfg, device)
+        if cfg.json:
+            try:
+                with open(cfg.json, 'w', encoding='utf-8') as f:
+                    json.dump(report, f, indent=1)
+            except OSError as error:
+                die(f'{cfg.json} cannot be written ({error}); name another --json')
+    return report
+
+
+if __name__ == '__main__':
+    sys.stdout.reconfigure(line_buffering=True)
+    main(configure(Config, sys.argv[1:])[0])
