@@ -9,7 +9,7 @@ Legend: B batch, T time, C channels (n_embd), H heads, V vocab_size,
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from weights import read_pretrained
+from weights import read_pretrained, write_pretrained
 
 
 @dataclass(frozen=True)
@@ -330,11 +330,13 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+                 top_k: int | None = None, generator: torch.Generator | None = None,
+                 n_ids: int | None = None) -> Tensor:
         """Continues idx (B, T), B prompts of one length -> (B, T + max_new_tokens).
 
-        temperature 0 takes the likeliest token; top_k samples among that many only. Once block_size
-        tokens are read, it begins again from the last half of them. The model's mode is put back.
+        temperature 0 takes the likeliest token; top_k samples among that many only; ids from n_ids on,
+        which an encoding may lack, are never taken. Once block_size tokens are read, it begins again
+        from the last half of them. The model's mode is put back.
         """
         was_training = self.training
         self.eval()
@@ -342,7 +344,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             if start == self.config.block_size:
                 start, new = 0, idx[:, -max(1, self.config.block_size // 2):]
-            logits = self(new, cache=cache, start=start)[0][:, -1]                  # (B, V)
+            logits = self(new, cache=cache, start=start)[0][:, -1, :n_ids]          # (B, V)
             start += new.shape[1]
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)                           # (B, 1)
@@ -372,27 +374,37 @@ class GPT(nn.Module):
                 {'params': rest, 'weight_decay': 0.0}]
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, expert_noise: float = 0.0, **overrides) -> 'GPT':
-        """GPT-2 as it was trained: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a .safetensors file.
+    def from_pretrained(cls, name_or_path: str, expert_noise: float = 0.0, mixture: type[MoE] = MoE,
+                        **overrides) -> 'GPT':
+        """GPT-2 as it was trained: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a .safetensors file, or a
+        folder that holds model.safetensors. A config.json beside the file is obeyed.
 
-        overrides: n_head (otherwise n_embd // 64), dropout, block_size (shorter: crops), and, to
+        overrides: n_head (where no config.json says it), dropout, block_size (shorter: crops), and, to
         upcycle it in the same breath, moe_layers, n_experts, experts_per_token. Raises OSError if the
-        file cannot be had, ValueError if it is malformed or does not fit.
+        file cannot be had, ValueError if it is malformed, does not fit or is another model than this.
         """
-        if not overrides.get('moe_layers'):
-            if expert_noise or {'n_experts', 'experts_per_token'} & set(overrides):
-                raise ValueError('without moe_layers there are no experts; name the layers to upcycle')
-        weights, shape = read_pretrained(name_or_path)
+        weights, shape = read_pretrained(name_or_path, overrides.get('n_head'))
         try:
+            theirs = shape.pop('mixture', mixture.__name__)
+            if theirs != mixture.__name__:
+                raise ValueError(f'its mixtures are {theirs}, not {mixture.__name__}')
             config = GPTConfig(**shape | overrides)
+            if not config.moe_layers and (expert_noise or {'n_experts', 'experts_per_token'} & set(overrides)):
+                raise ValueError('without moe_layers there are no experts; name the layers to upcycle')
             if config.block_size > shape['block_size']:
                 raise ValueError(f'block_size must be at most {shape["block_size"]}, '
                                  f'not {config.block_size}')
-            model = cls(config)
+            model = cls(config, mixture)
             model.load_weights(weights, expert_noise)
-        except ValueError as error:
+        except (TypeError, ValueError, RuntimeError) as error:          # RuntimeError: no memory for it
             raise ValueError(f'{weights.path} cannot become this GPT-2: {error}') from error
         return model
+
+    def save_pretrained(self, folder: str) -> None:
+        """Writes model.safetensors and config.json for from_pretrained and, of a dense model, for
+        Hugging Face transformers."""
+        names = {type(moe).__name__ for moe in self.mixtures().values()}
+        write_pretrained(folder, self.state_dict(), asdict(self.config), ', '.join(names))
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], expert_noise: float = 0.0,
@@ -419,6 +431,8 @@ class GPT(nn.Module):
             if tensor.shape != p.shape:
                 raise ValueError(f'{name} should have shape {tuple(p.shape)}, '
                                  f'not {tuple(tensor.shape)}')
+            if tensor.is_floating_point() != p.is_floating_point():
+                raise ValueError(f'{name} should be {p.dtype}, not {tensor.dtype}')
             p.copy_(tensor)
         if left_over := set(weights) - set(targets):
             raise ValueError(f'{min(left_over)} has no place in this model')

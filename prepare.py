@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from config import configure, die
+from config import configure, die, way_round
 
 
 class Source(NamedTuple):
@@ -94,8 +94,9 @@ def get_encoding(name: str) -> tiktoken.Encoding:
                 write(path, open_url(url).read())
         return tiktoken.get_encoding(name)      # which checks their sha256
     except Exception as error:                  # whatever the network does
-        die(f"GPT-2's vocabulary could not be fetched to {folder} ({url}: {error!r:.200}); set TIKTOKEN_CACHE_DIR "
-            'to a folder that holds it from another machine, or do without: python prepare.py --source=local')
+        die(f"GPT-2's vocabulary could not be fetched to {folder} ({url}: {error!r:.200})"
+            f'{way_round(error)}; set TIKTOKEN_CACHE_DIR to a folder that holds it from another '
+            'machine, or do without: python prepare.py --source=local')
 
 
 def open_url(url: str) -> io.BufferedIOBase:
@@ -172,9 +173,11 @@ def folder_domains(cfg: Config) -> dict[str, tuple]:
             die(f'{path}: a domain is named by letters, digits and _ only, each differently; '
                 'rename the file')
         try:
+            if not path.is_file():                      # a pipe would be waited for
+                raise ValueError('it is no file')
             domains[name] = path.name, split(read_documents(path), cfg.seed, name)
         except (OSError, ValueError) as error:
-            die(f'{path}: cannot be read as UTF-8 text ({error})')
+            die(f'{path}: cannot be read as UTF-8 text ({error}); save it as such, or move it away')
     if not domains:
         die(f'{cfg.source}: no such folder, or no *.txt in it; --source=local needs no files')
     return domains
@@ -221,7 +224,7 @@ def web_domains(cfg: Config) -> dict[str, tuple]:
                 domains[domain] = source.name, split(read_documents(path), cfg.seed, domain, key)
                 break
             except Exception as error:          # whatever the network does, or the file holds
-                print(f'{domain}: could not fetch {source.name} ({source.url}: {error!r:.200})')
+                print(f'{domain}: could not fetch {source.name} ({source.url}: {error!r:.200}{way_round(error)})')
         else:
             die(f'{domain}: nothing could be fetched to {WEB_TEXT}; '
                 'without a network: python prepare.py --source=local')
@@ -327,8 +330,9 @@ def write_tokens(path: Path, documents: list[str], encoding: tiktoken.Encoding) 
 
 def prepare(cfg: Config) -> dict:
     """Writes the folder cfg.out; returns what stands in its meta.json."""
+    domains = None if cfg.source in ('web', 'local') else folder_domains(cfg)     # before any download
     encoding = get_encoding(cfg.encoding or ('bytes' if cfg.source == 'local' else 'gpt2'))
-    domains = {'web': web_domains, 'local': local_domains}.get(cfg.source, folder_domains)(cfg)
+    domains = domains or {'web': web_domains, 'local': local_domains}[cfg.source](cfg)
     meta = {'encoding': encoding.name, 'vocab_size': encoding.n_vocab, 'sources': {}, 'domains': {}}
     out = Path(cfg.out or os.path.join('data', os.path.basename(os.path.abspath(cfg.source))))
     try:
@@ -354,6 +358,10 @@ def load_data(folder: str, block_size: int) -> tuple[dict, dict]:
     data = {'train': {}, 'val': {}}
     try:
         meta = json.loads(Path(folder, 'meta.json').read_text('utf-8'))
+        if not meta['domains']:
+            raise ValueError('meta.json names no domain')
+        if meta['encoding'] not in ('gpt2', 'bytes'):
+            raise ValueError(f'nothing is known of the encoding {meta["encoding"]!r}')
         for domain, sides in meta['domains'].items():
             if not re.fullmatch('[a-z0-9_]+', domain):
                 raise ValueError(f'{domain!r} is no name of a domain')

@@ -17,11 +17,13 @@ import os
 import shutil
 import signal
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
+from pickle import UnpicklingError
 from statistics import fmean
 from typing import NamedTuple
 
@@ -30,9 +32,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import die
+from config import die, way_round
 from model import GPT, GPTConfig
-from weights import PRETRAINED, pretrained_path
+from weights import BIN, PRETRAINED, foreign, is_safetensors, pretrained_path
 
 MAY_CHANGE = {'max_steps', 'device', 'log_interval', 'eval_interval', 'save_interval',     # with
               'batch_size', 'grad_accum_steps'}                                  # --resume=True
@@ -64,12 +66,25 @@ def reading(path: str, advice: str = 'name another file or folder') -> Iterator[
         die(f'{path} cannot be used ({error!r:.200}); {advice}')
 
 
-def load(path: str) -> dict:
+def is_checkpoint(path: str) -> bool:
+    """Whether torch.save wrote the file, as train.py does and others do as well."""
+    with reading(path), open(path, 'rb') as f:
+        return (f.read(2) == b'PK' or path.endswith('.pt')) and not is_safetensors(path)
+
+
+def load(path: str, advice: str = 'name another file or folder') -> dict:
     """A checkpoint: tensors and Python primitives, no code. Its checksums are verified."""
-    with reading(path):
+    with reading(path, advice):
+        if not zipfile.is_zipfile(path):
+            raise ValueError('it is empty, cut off or no checkpoint')
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
             raise ValueError(f'{damaged} is damaged')
-        saved = torch.load(path, map_location='cpu', weights_only=True)
+        try:
+            saved = torch.load(path, map_location='cpu', weights_only=True)
+        except UnpicklingError:
+            raise ValueError('it holds more than tensors and plain values') from None
+        if type(saved) is not dict or 'format' not in saved:
+            die(f'{path} {BIN}')
         if saved['format'] != 1:
             die(f'{path} has format {saved["format"]}, this code reads format 1; '
                 'use the version of this code that wrote it')
@@ -117,7 +132,7 @@ def finished(folder: str) -> dict | None:
     """The last row of a run that has reached its end, else None: that row has no training loss."""
     with reading(os.path.join(folder, 'log.jsonl'), 'move it away to go on without its rows'):
         rows = read_log(folder)
-    return rows[-1] if rows and 'loss' not in rows[-1] else None
+    return rows[-1] if rows and 'val' in rows[-1] and 'loss' not in rows[-1] else None
 
 
 def write_log(path: str, rows: list[dict], mode: str = 'a') -> None:
@@ -177,8 +192,8 @@ def open_run(cfg: GPTConfig, explicit: set[str], meta: dict, data: dict[str, np.
     if cfg.eval_only and cfg.init_from == 'scratch':
         die('--eval_only=True evaluates what --init_from names; scratch names nothing')
     if os.path.exists(ckpt) and not cfg.eval_only:
-        with reading(ckpt):
-            saved = load(ckpt)
+        with reading(ckpt, 'name another --out_dir'):
+            saved = load(ckpt, 'name another --out_dir')
             cfg = check_same_run(cfg, explicit, saved)
             if meta['domains'] != saved['data']['domains']:
                 die(f'{cfg.data_dir} changed since {cfg.out_dir} began; name another --out_dir')
@@ -190,11 +205,12 @@ def open_run(cfg: GPTConfig, explicit: set[str], meta: dict, data: dict[str, np.
         die(f'{cfg.out_dir} holds no run to resume; leave --resume=True out to begin one')
     else:
         start = new_run(cfg, explicit, data, build)
-    if meta['vocab_size'] != start.cfg.vocab_size:
-        die(f'{cfg.data_dir} has {meta["vocab_size"]} token ids ({meta["encoding"]}), the model has '
-            f'vocab_size={start.cfg.vocab_size}; ' + (
-                'name data prepared with the other --encoding' if start.parent else
-                f'set --vocab_size={meta["vocab_size"]}'))
+    # a vocabulary may be padded or hold a few ids more than the data's, but not be another encoding's
+    ours, data_ids, gpt2_ids = start.cfg.vocab_size, meta['vocab_size'], GPTConfig.vocab_size
+    if ours < data_ids or data_ids < gpt2_ids <= ours:
+        die(f'{cfg.data_dir} has {data_ids} token ids ({meta["encoding"]}), the model has '
+            f'vocab_size={ours}; ' + (f'set --vocab_size={data_ids}' if not start.parent else
+                                      'name data prepared with the other --encoding'))
     return start
 
 
@@ -203,7 +219,8 @@ def new_run(cfg: GPTConfig, explicit: set[str], data: dict[str, np.ndarray],
     """A new run, from scratch or from a parent."""
     parent = parent_model = None
     if cfg.init_from != 'scratch':
-        itself = os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir)
+        origin = os.path.realpath(cfg.init_from)        # a folder, or a file that would be written over
+        itself = os.path.realpath(cfg.out_dir) in (origin, os.path.dirname(origin))
         if itself and not cfg.eval_only:
             die(f'{cfg.out_dir} cannot be both where this run starts from and where it goes; '
                 'name another --out_dir')
@@ -226,6 +243,8 @@ def new_run(cfg: GPTConfig, explicit: set[str], data: dict[str, np.ndarray],
         if cfg.block_size > theirs['block_size']:
             die(f'block_size must be at most the {theirs["block_size"]} of {cfg.init_from}, '
                 f'not {cfg.block_size}')
+        if cfg.eval_only:
+            return Start(cfg, parent_model, parent=parent, parent_model=parent_model)
     torch.manual_seed(cfg.seed)
     try:
         model = build(cfg)                              # checks what depends on several keys
@@ -273,10 +292,12 @@ def inherit(cfg: GPTConfig, explicit: set[str], parent: dict) -> GPTConfig:
 
 
 def source_file(init_from: str) -> str | None:
-    """The file behind --init_from: GPT-2's weights, a file, or a run's best.pt, else its ckpt.pt."""
+    """The file behind --init_from: GPT-2's by name, a file, or a folder's best.pt, ckpt.pt, or
+    model.safetensors."""
     if init_from in PRETRAINED:
         return pretrained_path(init_from)
-    files = [init_from, *(os.path.join(init_from, name) for name in ('best.pt', 'ckpt.pt'))]
+    names = 'best.pt', 'ckpt.pt', 'model.safetensors'
+    files = [init_from, *(os.path.join(init_from, name) for name in names)]
     return next(filter(os.path.isfile, files), None)
 
 
@@ -290,21 +311,35 @@ def load_model(init_from: str, build: Callable[[GPTConfig], GPT] = GPT,
     if path is None:
         config = f'config/{os.path.basename(os.path.normpath(init_from))}.py'
         config = config if os.path.exists(config) else 'config/tiny_dense.py'
-        die(f'{init_from} holds no run (no best.pt, no ckpt.pt), nor is it a file or one of '
-            f'{", ".join(PRETRAINED)}; this trains one: python train.py {config}')
-    if init_from not in PRETRAINED and not path.endswith('.safetensors'):
-        saved = load(path)
-        model = restore(saved, path, build)
-        return model, path, {key: saved[key] for key in ('step', 'data')}     # the tensors may go
+        what = f'there is no file or folder {init_from}, and it is none of {", ".join(PRETRAINED)}'
+        if os.path.isdir(init_from):
+            with reading(init_from):
+                what = foreign(init_from)
+        die(what if '--init_from' in what else f'{what}; this trains a model: python train.py {config}')
     if not os.path.exists(path):
         print(f'fetches the weights of {init_from} to {path}')
+    elif is_checkpoint(path):
+        saved = load(path)
+        model = restore(saved, path, build)
+        with reading(path):
+            return model, path, {key: saved[key] for key in ('step', 'data')}     # the tensors may go
     try:
-        return GPT.from_pretrained(init_from, **overrides), path, None
+        with warnings.catch_warnings(record=True) as caught:
+            model = GPT.from_pretrained(init_from, **overrides)
+        for warning in caught:
+            print(warning.message)
+        return model, path, None
     except OSError as error:
-        die(f'{error}; fetch it where there is a network and name the file with '
-            '--init_from=<its path>.safetensors, or do without: python train.py config/tiny_dense.py')
+        if init_from not in PRETRAINED:
+            die(f'{path} cannot be read ({error}); name another with --init_from')
+        die(f'{error}{way_round(error)}; fetch it where there is a network and name the file with '
+            '--init_from=<its path>, or do without: python train.py config/tiny_dense.py')
     except ValueError as error:
-        die(f'{error}; name another with --init_from')
+        advised = '--init_from' in str(error) or '--n_head' in str(error)
+        advice = 'name another with --init_from'
+        if init_from in PRETRAINED:
+            advice = 'delete it to have it fetched again'
+        die(f'{error}' if advised else f'{error}; {advice}')
 
 
 def file_hash(path: str) -> str:
@@ -329,7 +364,7 @@ def begin_folder(cfg: GPTConfig, config: dict, model: GPT, device: str, meta: di
         check_disk(cfg.out_dir, 12 * total)
         log, path = (os.path.join(cfg.out_dir, name) for name in ('log.jsonl', 'run.json'))
         with reading(log, 'move it away to go on without its rows'):
-            rows = [row for row in read_log(cfg.out_dir) if row['step'] < step]
+            rows = [row for row in read_log(cfg.out_dir) if row['step'] < step] if step else []
         if parent and not parent_val and os.path.exists(path):          # a run that goes on
             with reading(path, 'move it away'), open(path, encoding='utf-8') as f:
                 parent_val = json.load(f)['parent_val']
@@ -395,8 +430,9 @@ def smaller_batch(cfg: GPTConfig, error: RuntimeError, step: int) -> GPTConfig:
 def check_finite(step: int, what: str, value: float) -> None:
     """Ends a run whose numbers are no longer finite. Its last checkpoint stays as it was."""
     if not math.isfinite(value):
+        other = 'a smaller --learning_rate' if step else 'another --init_from'     # else nothing was learned yet
         die(f'step {step}: the {what} is {value}; the last checkpoint was left as it was; '
-            'begin anew with a smaller --learning_rate and another --out_dir')
+            f'begin anew with {other} and another --out_dir')
 
 
 class Stopped(Exception):
@@ -423,7 +459,13 @@ def catch_signals() -> list[int]:
 
 def join_processes(cfg: GPTConfig, device: str) -> tuple[int, int]:
     """(this process's number, how many there are): more than one under torchrun."""
-    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    try:
+        rank, world = (int(os.environ.get(*default)) for default in (('RANK', 0), ('WORLD_SIZE', 1)))
+        if not 0 <= rank < world or world > 1 and 'RANK' not in os.environ:
+            raise ValueError
+    except ValueError:
+        die('RANK and WORLD_SIZE in the environment are not those of torchrun; '
+            'start with torchrun, or unset both')
     if world > 1 and not dist.is_initialized():
         if cfg.grad_accum_steps % world:
             die(f'grad_accum_steps={cfg.grad_accum_steps} cannot be shared by {world} processes; '
@@ -537,10 +579,11 @@ def print_siblings(out_dir: str) -> None:
     runs = [run for run in runs if run.shared == mine.shared]
     if len(runs) == 1 and not mine.parent:
         return                          # there is nothing to compare it with
-    dense = {run.twin: run.val for run in runs}
+    runs.sort(key=lambda run: -run.val)
+    dense = {run.twin: run.val for run in runs}     # of several of one seed, the best
     print(f'\n{"same parent, data and steps":32}{"val":>8}{"to dense":>10}{"active":>10}{"s/step":>9}')
     if mine.parent:
         print(f'{mine.parent[0] + ", the parent":32}{mine.parent[1]:8.4f}')
-    for run in sorted(runs, key=lambda run: -run.val):
+    for run in runs:
         gap = f'{run.val - dense[run.seed]:+.4f}' if run.twin is None and run.seed in dense else ''
         print(f'{run.folder:32}{run.val:8.4f}{gap:>10}{run.active / 1e6:8.2f} M{run.seconds:9.3f}')

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 os.environ.setdefault('GOMP_SPINCOUNT', '100')      # as in train.py: waiting threads sleep
+if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
@@ -55,9 +57,19 @@ class Config:
 def newest_run() -> str:
     """The folder under out/ with the newest checkpoint."""
     files = glob.glob('out/*/best.pt') + glob.glob('out/*/ckpt.pt')
+    files = list(filter(os.path.isfile, files))             # a link may lead nowhere
     if not files:
         die('there is no run under out/ yet; python train.py config/tiny_dense.py trains one')
     return os.path.dirname(max(files, key=os.path.getmtime))
+
+
+def guess_encoding(path: str, model: GPT) -> str:
+    """The encoding of weights that no run left: GPT-2's, perhaps with a few ids more, or bytes."""
+    ids = model.config.vocab_size
+    if ids < GPTConfig.vocab_size and ids != 257:
+        die(f'{path} has {ids} token ids, fewer than the {GPTConfig.vocab_size} of GPT-2 and not the 257 '
+            'of bytes: nobody says what text they stand for')
+    return 'bytes' if ids == 257 else 'gpt2'
 
 
 @torch.no_grad()
@@ -102,14 +114,14 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
     """Prints cfg.num_samples texts. build makes the model of a run whose mixtures are not MoE."""
     source = cfg.init_from or newest_run()
     model, path, saved = load_model(source, build)
-    if not saved and model.config.vocab_size != 50257:
-        die(f"{path} has {model.config.vocab_size} token ids, not GPT-2's 50257: "
-            'nobody says what text they stand for')
-    encoding = get_encoding(saved['data']['encoding'] if saved else 'gpt2')
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        die(f'{path} holds weights that are no finite numbers; name another with --init_from')
+    encoding = get_encoding(saved['data']['encoding'] if saved else guess_encoding(path, model))
     mixtures = model.config.moe_layers
     layer = mixtures[-1] if cfg.layer < 0 and mixtures else cfg.layer
     if layer >= 0 and layer not in mixtures:
-        die(f'layer {layer} of {source} is no mixture; its mixtures are {list(mixtures) or "none"}')
+        die(f'layer {layer} of {source} is no mixture; its mixtures are {list(mixtures) or "none"}; '
+            'leave --layer out')
     on_terminal = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
     coloured = layer >= 0 and (cfg.color == 'always' or cfg.color == '' and on_terminal)
     device = pick_device(cfg.device)
@@ -122,7 +134,8 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
     print(path, *([f'step {saved["step"]}'] if saved else []), file=sys.stderr)
     idx = torch.tensor([prompt or [encoding.eot_token]] * cfg.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    idx = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, generator)
+    idx = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, generator,
+                         encoding.n_vocab)
 
     begin = 0 if prompt else 1                  # the end-of-text that began a document is not text
     pieces = [[encoding.decode_single_token_bytes(t) for t in row[begin:].tolist()] for row in idx]
@@ -136,7 +149,6 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
 
 
 if __name__ == '__main__':
-    for number in (signal.SIGINT, signal.SIGPIPE):              # Ctrl-C, or sample.py | head: just leave
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # sample.py | head just ends
     sys.stdout.reconfigure(errors='backslashreplace')
     sample(configure(Config, sys.argv[1:])[0])

@@ -22,6 +22,8 @@ from statistics import fmean
 # before torch is imported: a thread that waits for another one spins only briefly, then sleeps. On a
 # busy machine it would spin on the very core that the other one needs
 os.environ.setdefault('GOMP_SPINCOUNT', '100')
+if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -70,8 +72,9 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_range(1, math.inf, 'batch_size', 'grad_accum_steps', 'max_steps', 'log_interval',
-                           'eval_interval', 'eval_windows', 'save_interval')
+        self.require_range(1, math.inf, 'max_steps', 'log_interval', 'eval_interval', 'eval_windows',
+                           'save_interval')
+        self.require_range(1, 2**16, 'batch_size', 'grad_accum_steps')
         self.require_range(0, 2**32, 'seed')
         self.require_range(0, math.inf, 'learning_rate', 'weight_decay', 'balance_coef', 'z_coef',
                            'router_noise', 'expert_noise')
@@ -231,7 +234,8 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
                                   betas=(cfg.beta1, cfg.beta2), fused=True)
     if start.optimizer:
         groups = optimizer.state_dict()['param_groups']             # the options are this run's
-        optimizer.load_state_dict({'state': start.optimizer['state'], 'param_groups': groups})
+        with runs.reading(os.path.join(cfg.out_dir, 'ckpt.pt'), 'name another --out_dir'):
+            optimizer.load_state_dict({'state': start.optimizer['state'], 'param_groups': groups})
     del start                                                       # and the memory of what was read
     folder, wrapped = None, model
     if main:
@@ -329,8 +333,10 @@ if __name__ == '__main__':
     except runs.Stopped as stopped:
         print(stopped)
         code = 128 + (caught or [signal.SIGTERM])[0]
-    except torch.OutOfMemoryError as error:
-        die(f'{error}: the model does not fit; a smaller one, or fewer --moe_layers, or --device=cpu')
+    except RuntimeError as error:
+        if not runs.out_of_memory(error):
+            raise
+        die(f'{error!r:.200}: the model does not fit; take a smaller one, fewer --moe_layers or --device=cpu')
     if dist.is_initialized():
         dist.destroy_process_group()                                # or NCCL warns
     sys.exit(code)

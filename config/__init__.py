@@ -3,6 +3,7 @@ command line, the later one winning. Knows nothing of torch."""
 
 import difflib
 import inspect
+import os
 import re
 import sys
 from dataclasses import fields, replace
@@ -20,11 +21,27 @@ KNOWN_AS = {                # what other programs call a key
     'bs': 'batch_size', 'wd': 'weight_decay', 'experts': 'n_experts', 'context': 'block_size',
     'output': 'out_dir', 'dataset': 'data_dir', 'model': 'init_from', 'checkpoint': 'init_from'}
 
+if not sys.stdout:                                          # closed, as by >&-
+    sys.stdout = open(os.devnull, 'w')
+
 
 def die(message: str) -> NoReturn:
     """Ends the program with one line that says what the user can do; exit code 2."""
     print(*message.splitlines(), file=sys.stderr)           # names in it may hold line breaks
     sys.exit(2)
+
+
+def way_round(error: Exception) -> str:
+    """What may be between this machine and a server, as far as the error tells."""
+    said = repr(error)
+    if 'CERTIFICATE' in said:
+        return ("; this Python lacks the certificate: on a Mac run its 'Install Certificates.command', "
+                'elsewhere set SSL_CERT_FILE')
+    if 'Tunnel' in said or 'Error 407' in said:
+        return '; the proxy that https_proxy names refused'
+    if re.search('timed out|refused|reset|resolution|not known|unreachable|No route', said):
+        return '; there is no network, or a firewall: if there is a proxy, set https_proxy to its address'
+    return ''
 
 
 def configure(Config: type, argv: list[str]) -> tuple[Any, set[str]]:
@@ -81,7 +98,7 @@ def read_file(path: str) -> list[tuple[str, Any]]:
     try:                                                    # UTF-8, whatever a comment says of it
         with open(path if path.endswith('.py') else path + '.py', encoding='utf-8-sig') as f:
             exec(compile(f.read(), path, 'exec'), names)
-    except Exception as error:                              # whatever the user's own code raises
+    except (Exception, SystemExit) as error:                # whatever the user's own code raises
         die(f'{path}: not a config file that can be run ({error!r:.200}); '
             'files end in .py, flags are --key=value')
     return [(k, v) for k, v in names.items() if k[0] != '_' and not inspect.ismodule(v)]

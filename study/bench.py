@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -21,6 +22,9 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from statistics import median
+
+if __name__ == '__main__':      # Ctrl-C: just leave
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import train        # before torch: it says how threads wait for one another
 import numpy as np
@@ -437,15 +441,21 @@ def main(cfg: Config) -> dict:
         name = torch.cuda.get_device_name(device)
     report = {'device': name, 'torch': torch.__version__, 'threads': threads, 'parts': {}}
     print(f'{name}, torch {torch.__version__}, {threads} threads')
-    for part in cfg.only.split(',') if cfg.only else PARTS:
+    write(report, cfg.json)                             # now rather than minutes later, if it cannot be
+    for part in list(filter(None, cfg.only.split(','))) or PARTS:
         report['parts'] |= PARTS[part](cfg, device)
-        if cfg.json:
-            try:
-                with open(cfg.json, 'w', encoding='utf-8') as f:
-                    json.dump(report, f, indent=1)
-            except OSError as error:
-                die(f'{cfg.json} cannot be written ({error}); name another --json')
+        write(report, cfg.json)
     return report
+
+
+def write(report: dict, path: str) -> None:
+    """Writes the rows so far; '' is nowhere."""
+    if path:
+        try:
+            with open(path, 'w', encoding='utf-8') as f:
+                json.dump(report, f, indent=1)
+        except OSError as error:
+            die(f'{path} cannot be written ({error}); name another --json')
 
 
 if __name__ == '__main__':

@@ -8,10 +8,14 @@ ground). Needs matplotlib.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
+
+if __name__ == '__main__':      # Ctrl-C: just leave
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
@@ -123,13 +127,16 @@ def draw_experts(rows: list[dict], path: str) -> None:
 def draw(cfg: Config) -> None:
     """Draws the three pictures of one comparison."""
     rows = choose_rows(cfg)
-    os.makedirs(cfg.folder, exist_ok=True)
     plt.rcParams.update(dict.fromkeys(GREY, 'grey'))
     plt.rcParams.update({'savefig.transparent': True, 'savefig.dpi': 150, 'font.size': 9})
     pictures = {'losses': draw_losses, 'balance': draw_balance, 'experts': draw_experts}
     for name, picture in pictures.items():
-        path = f'{cfg.folder}/{cfg.scale}_{name}.png'
-        picture(rows, path)
+        path = os.path.join(cfg.folder, f'{cfg.scale}_{name}.png')
+        try:
+            os.makedirs(cfg.folder or '.', exist_ok=True)
+            picture(rows, path)
+        except OSError as error:
+            die(f'{path} cannot be written ({error}); name another --folder')
         print(f'drew {path}')
 
 

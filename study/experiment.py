@@ -28,6 +28,9 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
+if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 
@@ -67,6 +70,8 @@ class Config:
 
     def __post_init__(self):
         check_scale(self.scale)
+        if not self.seeds:
+            raise ValueError('seeds must be at least one, such as 0,1,2')
         for seed in self.seeds:
             train.Config(seed=seed)             # raises for one that no run can have
 
@@ -170,10 +175,13 @@ def read_rows(path: str) -> list[dict]:
     """The rows so far, none if there is no such file."""
     try:
         with open(path, encoding='utf-8') as f:
-            return json.load(f)
+            rows = json.load(f)
+        if type(rows) is not list or not all({*COMPARISON, 'arm', 'seed'} <= set(row) for row in rows):
+            raise ValueError('it holds other things than rows')
+        return rows
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         die(f'{path} cannot be read ({error}); take the last one from git, or name another --results')
 
 

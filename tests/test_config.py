@@ -54,6 +54,7 @@ def test_a_config_file_is_utf_8_whatever_its_comments_say(first, tmp_path):
     ('beta1 = True', 'beta1 must be a number, not True'), ('beta1 = 10**400', 'beta1 must be a number'),
     ('moe_layers = [1, "a"]', 'moe_layers must be whole numbers'), ('tf32 = 1', 'True or False, not 1'),
     ('beta1 = -1', 'one.py: beta1 must be at least 0'), ('from math import pi', "one.py: unknown key 'pi'"),
+    ('raise SystemExit(0)', 'one.py: not a config file that can be run (SystemExit'),
     ('seed = 1 / 0', 'one.py: not a config file that can be run (ZeroDivisionError'),
     ('seed = (', 'not a config file that can be run (SyntaxError'), ('seed = "\udcff"', 'not a config file'),
     *((f'--{key}={value}', f'command line: {key} must be at least') for key, value in [

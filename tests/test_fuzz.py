@@ -78,6 +78,7 @@ def fuzz(cfg, data, tmp_path, monkeypatch):
     shutil.copytree(data, tmp_path / 'pristine/data')
     monkeypatch.chdir(tmp_path / 'pristine')
     Path('gpt2.safetensors').write_bytes(as_safetensors(GPT(replace(cfg, moe_layers=()))))
+    GPT(replace(cfg, moe_layers=())).save_pretrained('.')       # its config.json
     trained()
     return fuzz
 
@@ -109,7 +110,7 @@ def hostile(rng, raw):
     ('run/best.pt', trained, CHILD + 'run'), ('run/best.pt', sampled, ''),
     ('run/log.jsonl', trained, RESUME), ('run/log.jsonl', trained, ''), ('run/run.json', trained, RESUME),
     ('data/meta.json', trained, RESUME), ('data/words_train.bin', trained, RESUME),
-    ('gpt2.safetensors', trained, CHILD + 'gpt2.safetensors')])
+    ('gpt2.safetensors', trained, CHILD + 'gpt2.safetensors'), ('config.json', trained, CHILD + 'gpt2.safetensors')])
 def test_a_damaged_file_is_refused_or_changes_nothing(name, run, flags, fuzz):
     def attempt(rng):
         path, raw = Path(name), Path(name).read_bytes()

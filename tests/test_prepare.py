@@ -257,6 +257,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(files, message, tmp_path, caps
     ({}, 'too few for block_size=100000'),
     ({'vocab_size': 64}, 'has a token'),
     ({'domains': {'../sums': {}}}, 'is no name of a domain'),
+    ({'domains': {}}, 'meta.json names no domain'), ({'encoding': 'utf-8'}, 'nothing is known of the encoding'),
     ({'domains': {'sums': {'train': {'sha256': 'x'}}}}, 'sums_train.bin is not the file that meta.json describes'),
     ({'domains': None}, 'holds no usable data')])
 def test_data_are_loaded_as_prepared_also_without_sources_or_refused(change, message, data, tmp_path, capsys):

@@ -107,5 +107,6 @@ def test_two_processes_take_the_steps_of_one_and_each_goes_on_where_the_other_st
 
 def test_micro_batches_that_cannot_be_shared_are_refused(cfg, capsys, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('RANK', '0')
     refused('grad_accum_steps=3 cannot be shared by 2 processes', capsys, train.train,
             replace(cfg, grad_accum_steps=3))

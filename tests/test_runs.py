@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
+import urllib.request
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
@@ -158,8 +161,8 @@ def test_an_unfinished_parent_is_used_and_said(cfg, capsys):
 
 def test_gpt2_is_fetched_once_by_name_and_its_file_starts_the_same_run(cfg, tmp_path, monkeypatch, capsys):
     dense = GPT(replace(cfg, moe_layers=(), n_head=1, n_embd=64))
+    dense.save_pretrained(str(tmp_path))
     path, hub = tmp_path / 'model.safetensors', tmp_path / 'hub/gpt2-medium/resolve/abc'
-    path.write_bytes(as_safetensors(dense))
     hub.mkdir(parents=True)
     shutil.copy(path, hub)
     monkeypatch.setitem(runs.PRETRAINED, 'gpt2-medium', ('abc', None))
@@ -172,12 +175,45 @@ def test_gpt2_is_fetched_once_by_name_and_its_file_starts_the_same_run(cfg, tmp_
         refused('n_layer=3 cannot be', capsys, train.train, replace(named, n_layer=3), {'n_layer'})
         assert_same(load(named)['model'], load(replace(cfg, out_dir=cfg.out_dir + '0'))['model'])
         shutil.rmtree(tmp_path / 'hub', ignore_errors=True)     # from now on it comes from the cache
-    train.train(two := replace(cfg, init_from=str(path), n_head=2), {'n_head'})     # no file says it
+    (tmp_path / 'config.json').unlink()
+    train.train(two := replace(cfg, init_from=str(path), n_head=2), {'n_head'})     # nothing says it
     assert load(two)['parent']['gave'] == {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'vocab_size': 257}
     path.write_bytes(as_safetensors(GPT(replace(dense.config, vocab_size=200))))
     refused('changed since', capsys, train.train, two, {'n_head'})
-    refused('has 257 token ids (bytes), the model has vocab_size=200; name data prepared with the other',
-            capsys, train.train, replace(two, out_dir=cfg.out_dir + 'x'))
+
+
+@pytest.mark.parametrize('encoding, n_ids, ids', [
+    ('bytes', 257, 200), ('bytes', 257, 256), ('bytes', 257, 50257), ('bytes', 257, 50304), ('gpt2', 50257, 257),
+    ('gpt2', 50257, 50256)])
+def test_another_vocabulary_is_refused_with_both_numbers(encoding, n_ids, ids, cfg, data, tmp_path, capsys):
+    GPT(replace(cfg, vocab_size=ids, moe_layers=(), n_embd=8)).save_pretrained(str(tmp_path / 'parent'))
+    meta = json.loads(shutil.copytree(data, tmp_path / 'data').joinpath('meta.json').read_text())
+    (tmp_path / 'data/meta.json').write_text(json.dumps(meta | {'encoding': encoding, 'vocab_size': n_ids}))
+    cfg = replace(cfg, data_dir=str(tmp_path / 'data'))
+    said = f'data has {n_ids} token ids ({encoding}), the model has '
+    refused(f'{said}vocab_size={ids}; name data prepared with the other --encoding', capsys, train.train,
+            replace(cfg, init_from=str(tmp_path / 'parent')))
+    refused(f'{said}vocab_size={ids}; set --vocab_size={n_ids}', capsys, train.train, replace(cfg, vocab_size=ids))
+    assert not os.path.exists(cfg.out_dir)
+
+
+@pytest.mark.parametrize('error, said', [
+    (URLError(ssl.SSLCertVerificationError(1, 'CERTIFICATE_VERIFY_FAILED')), "this Python lacks the certificate"),
+    (URLError(OSError('Tunnel connection failed: 403 Forbidden')), 'the proxy that https_proxy names refused'),
+    (HTTPError('u', 407, 'Proxy Authentication Required', None, None), 'the proxy that https_proxy names refused'),
+    *((URLError(error), 'there is no network, or a firewall') for error in (
+        TimeoutError('timed out'), OSError(111, 'Connection refused'), OSError(101, 'Network is unreachable'),
+        OSError(104, 'Connection reset by peer'), OSError(-3, 'Temporary failure in name resolution'),
+        OSError(-2, 'Name or service not known'), OSError(8, 'nodename nor servname provided, or not known'))),
+    (HTTPError('u', 404, 'Not Found', None, None), '; ')])
+def test_what_keeps_a_download_away_is_named_with_the_way_round(error, said, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise error
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'none'))
+    monkeypatch.setattr(urllib.request, 'urlopen', fail)
+    monkeypatch.setattr(torch.hub, 'urlopen', fail)
+    for fetch in (prepare.get_encoding, runs.load_model):
+        refused(f'); {said.strip("; ")}', capsys, fetch, 'gpt2')
 
 
 def test_another_routers_run_is_neither_continued_nor_upcycled_by_this_one(cfg, capsys):
@@ -258,15 +294,14 @@ UNUSABLE, README = 'ckpt.pt cannot be used (', str(ROOT / 'README.md')
 
 @pytest.mark.parametrize('given, change, message', [
     (None, dict(data_dir='none'), 'this makes it: python prepare.py --source=<folder of *.txt> --out=none'),
-    (None, dict(vocab_size=50257), 'vocab_size=50257; set --vocab_size=257'),
     (None, dict(init_from='RUN'), 'cannot be both where this run starts from and where it goes'),
     (None, dict(block_size=5000), 'too few for block_size=5000'),
     (None, dict(n_head=3), 'n_head must divide n_embd=16'),
     (None, dict(moe_layers=(2,)), 'moe_layers must be different numbers from 0 to 1'),
-    (None, dict(init_from='a\nb'), 'a b holds no run'),
+    (None, dict(init_from='a\nb'), 'there is no file or folder a b, and'),
     (None, dict(init_from='gpt2'), 'or do without: python train.py config/tiny_dense.py'),
-    (None, dict(init_from='gpt2-xs'), 'nor is it a file or one of gpt2, '),
-    (None, dict(init_from=README), 'README.md cannot be used (BadZipFile'),
+    (None, dict(init_from='gpt2-xs'), 'it is none of gpt2, gpt2-medium, gpt2-large, gpt2-xl; this trains a model'),
+    (None, dict(init_from=README), 'README.md is neither a .safetensors file nor a checkpoint of train.py'),
     (None, dict(out_dir=README), 'README.md cannot be written'),
     (None, dict(resume=True), 'holds no run to resume'),
     (None, dict(device='meta'), 'device=meta cannot be used'),
@@ -280,10 +315,10 @@ UNUSABLE, README = 'ckpt.pt cannot be used (', str(ROOT / 'README.md')
     (train.train, dict(resume=True, max_steps=4), 'is at step 8 already'),
     (train.train, dict(n_embd=32), 'n_embd=16, now 32'),
     (damaged(lambda raw: raw[:2000]), {}, UNUSABLE),
-    (damaged(lambda raw: b''), {}, UNUSABLE + 'BadZipFile'),
+    (damaged(lambda raw: b''), {}, UNUSABLE + "ValueError('it is empty, cut off or no checkpoint"),
     (damaged(lambda raw: raw[:9000] + bytes([raw[9000] ^ 1]) + raw[9001:]), {}, "is damaged')"),     # one bit
     (saying(format=2), {}, 'has format 2, this code reads format 1'),
-    (saying(extra=Path('x')), {}, UNUSABLE + 'UnpicklingError'),
+    (saying(extra=Path('x')), {}, UNUSABLE + "ValueError('it holds more than tensors and plain values"),
     (saying(model={}), {}, UNUSABLE + 'RuntimeError'),
     (damaged(bytes, source='best.pt'), {}, UNUSABLE),
     (damaged(lambda raw: b'\0\xff{}\n', 'log.jsonl'), {}, 'log.jsonl cannot be used (')])
@@ -364,3 +399,19 @@ def test_the_whole_path_from_the_command_line_twice_and_after_interruptions(text
     assert 'out/moe is finished' in run(moe)
     out = run('sample.py --color=always --max_new_tokens=40 --num_samples=2')
     assert 'out/moe/best.pt' in out and out.count('-' * 80) == 2 and '\x1b[30;48;5;' in out
+
+
+@pytest.mark.parametrize('rank, world', [(None, '2'), (None, 'abc'), ('1', None), ('2', '2')])
+def test_an_environment_that_is_not_torchruns_is_refused(rank, world, cfg, capsys, monkeypatch):
+    for name, value in (('RANK', rank), ('WORLD_SIZE', world)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    refused('start with torchrun, or unset both', capsys, train.train, cfg)
+
+
+def test_a_run_never_writes_over_the_file_that_it_starts_from(cfg, capsys):
+    train.train(replace(cfg, moe_layers=()))
+    Path(cfg.out_dir, 'ckpt.pt').unlink()
+    before = files(cfg.out_dir)
+    refused('cannot be both where this run starts from', capsys, train.train,
+            replace(cfg, init_from=f'{cfg.out_dir}/best.pt'))
+    assert files(cfg.out_dir) == before

@@ -1,7 +1,9 @@
 """What a person sees: whole characters, harmless ones, and colours that stay on their tokens."""
 
+import json
 import os
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 
 import sample
 import train
-from conftest import ROOT, as_safetensors, refused
+from conftest import ROOT, refused
 from model import GPT, GPTConfig
 
 
@@ -35,6 +37,10 @@ def test_each_token_has_the_expert_that_one_forward_pass_over_the_text_sends_it_
     model, idx = GPT(cfg).eval(), torch.randint(257, (20,))
     first, second = (model(part[None])[2][1].experts[:, 0].tolist() for part in (idx[:16], idx[16:]))
     assert sample.expert_of_each(model, idx, 1) == first + second and len(set(first + second)) > 1
+
+
+NUMBERS = SimpleNamespace(eot_token=50256, n_vocab=50257, decode_single_token_bytes=lambda token: b' %d' % token,
+                          encode=lambda text, allowed_special: [int(word) for word in text.split()])
 
 
 @pytest.fixture
@@ -90,13 +96,38 @@ def test_a_sample_is_its_prompt_and_what_follows_less_the_end_of_text_that_begin
 def test_pretrained_weights_are_sampled_from_their_file(tmp_path, monkeypatch, text_of):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=64))
-    (tmp_path / 'a.safetensors').write_bytes(as_safetensors(model))
-    numbers = SimpleNamespace(eot_token=50256, decode_single_token_bytes=lambda token: b' %d' % token,
-                              encode=lambda text, allowed_special: [int(word) for word in text.split()])
-    monkeypatch.setattr(sample, 'get_encoding', {'gpt2': numbers}.get)
-    out = text_of(init_from=str(tmp_path / 'a.safetensors'), prompt='5 7', max_new_tokens=9, temperature=0.0)
-    expected = model.generate(torch.tensor([[5, 7]]), 9, temperature=0)[0].tolist()
-    assert out.split() == ['-' * 80, *map(str, expected)] * 2
+    model.save_pretrained(str(tmp_path))
+    monkeypatch.setattr(sample, 'get_encoding', {'gpt2': NUMBERS}.get)
+    for source in tmp_path, tmp_path / 'model.safetensors':
+        out = text_of(init_from=str(source), prompt='5 7', max_new_tokens=9, temperature=0.0)
+        expected = model.generate(torch.tensor([[5, 7]]), 9, temperature=0)[0].tolist()
+        assert out.split() == ['-' * 80, *map(str, expected)] * 2
+
+
+@pytest.mark.parametrize('encoding, n_ids, ids', [
+    ('gpt2', 50257, 50304), ('gpt2', 50257, 50260), ('bytes', 257, 300)])
+def test_an_id_that_the_encoding_lacks_is_never_drawn_though_it_be_the_likeliest(
+        encoding, n_ids, ids, cfg, data, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    parent = GPT(GPTConfig(block_size=8, vocab_size=ids, n_layer=1, n_head=1, n_embd=8))
+    with torch.no_grad():                               # the logits of those ids are 80, the others' near 0
+        parent.wte.weight[n_ids:], parent.ln_f.weight[:], parent.ln_f.bias[:] = 10, 0, 1
+    parent.save_pretrained(str(tmp_path / 'parent'))
+    meta = json.loads(shutil.copytree(data, tmp_path / 'data').joinpath('meta.json').read_text())
+    (tmp_path / 'data/meta.json').write_text(json.dumps(meta | {'encoding': encoding, 'vocab_size': n_ids}))
+    cfg = replace(cfg, init_from=str(tmp_path / 'parent'), data_dir=str(tmp_path / 'data'), block_size=8,
+                  moe_layers=(0,), max_steps=1)
+    train.train(cfg)
+    numbers = SimpleNamespace(**vars(NUMBERS) | {'n_vocab': n_ids})
+    monkeypatch.setattr(sample, 'get_encoding', {encoding: numbers}.get)
+    for source in [cfg.out_dir] + [cfg.init_from] * (encoding == 'gpt2'):      # nobody says what 300 ids are
+        model = sample.load_model(source)[0]
+        assert model.config.vocab_size == ids and model.generate(torch.tensor([[5]]), 1, temperature=0)[0, 1] >= n_ids
+        for top_k in (0, 50):
+            capsys.readouterr()
+            sample.sample(sample.Config(init_from=source, prompt='5', top_k=top_k, device='cpu'))
+            drawn = [int(word) for word in capsys.readouterr().out.split() if word.isdigit()]
+            assert len(drawn) == 3 * 301 and max(drawn) < n_ids
 
 
 def test_the_newest_run_is_sampled_unless_another_is_named(tmp_path, monkeypatch):
@@ -109,14 +140,20 @@ def test_the_newest_run_is_sampled_unless_another_is_named(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('argv, message', [
-    (dict(init_from='out/none'), 'out/none holds no run'),
+    (dict(init_from='out/none'), 'there is no file or folder out/none, and it is none of gpt2, gpt2-medium'),
     (dict(init_from='gpt2'), 'model.safetensors could not be fetched'),
-    (dict(init_from=str(ROOT / 'tests/fixtures/tiny_gpt2.safetensors')), 'n_head must be at least 1'),
-    (dict(init_from='bytes.safetensors'), "has 257 token ids, not GPT-2's 50257"),
+    (dict(init_from=str(ROOT / 'tests/fixtures/tiny_gpt2.safetensors')), "32 channels are no width of GPT-2's"),
+    (dict(init_from='ids'), 'has 300 token ids, fewer than the 50257 of GPT-2 and not the 257 of bytes'),
     (dict(init_from=''), 'there is no run under out/ yet'), (dict(device='abacus'), 'device=abacus'),
     (dict(prompt='x' * 17), 'the prompt has 17 tokens'), (dict(layer=0), 'layer 0 of')])
 def test_mistakes_end_in_one_line_and_exit_code_2(argv, message, cfg, text_of, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    other = GPT(replace(cfg, moe_layers=(), n_embd=64, n_head=1))
-    (tmp_path / 'bytes.safetensors').write_bytes(as_safetensors(other))
+    GPT(replace(cfg, moe_layers=(), vocab_size=300)).save_pretrained('ids')
     refused(message, capsys, text_of, **argv)
+
+
+def test_weights_that_are_no_numbers_are_refused(cfg, text_of, capsys, tmp_path):
+    model = GPT(replace(cfg, moe_layers=()))
+    model.ln_f.bias.data[0] = float('nan')
+    model.save_pretrained(tmp_path / 'nan')
+    refused('weights that are no finite numbers', capsys, text_of, init_from=str(tmp_path / 'nan'))
