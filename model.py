@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from weights import read_pretrained, write_pretrained
 
@@ -45,6 +46,11 @@ class GPTConfig:
             if not low <= value < high:
                 below = '' if high == math.inf else f' and below {high}'
                 raise ValueError(f'{name} must be at least {low}{below}, not {value}')
+
+    def require_one_of(self, values: tuple[str, ...], name: str) -> None:
+        """Raises ValueError unless the value of that name is one of these."""
+        if getattr(self, name) not in values:
+            raise ValueError(f'{name} must be one of {", ".join(values)}, not {getattr(self, name)!r}')
 
     def check(self) -> None:
         """Checks what depends on several values. Raises ValueError."""
@@ -169,8 +175,9 @@ class MoE(nn.Module):
         return Routing(logits, probs, weights, experts, count_pairs(experts, probs.shape[1]))
 
     def score(self, x: Tensor, ids: Tensor) -> Tensor:
-        """The router's logits (N, E)."""
-        return self.router(x)
+        """The router's logits (N, E), in fp32 even under autocast: rounding would change choices."""
+        with torch.autocast(x.device.type, enabled=False):      # (ST-MoE, arXiv 2202.08906, section 3)
+            return self.router(x.to(self.router.weight.dtype))
 
     def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
         """The numbers of the k likeliest experts, best first (N, k)."""
@@ -266,6 +273,8 @@ class GPT(nn.Module):
     Raises ValueError for a config whose values do not fit together.
     """
 
+    recompute = False       # in the backward pass, compute a block again instead of keeping what it made
+
     def __init__(self, config: GPTConfig, mixture: type[MoE] = MoE):
         super().__init__()
         config.check()
@@ -311,7 +320,11 @@ class GPT(nn.Module):
         x = self.dropout(self.wte(idx) + self.wpe.weight[start:end])                # (B, T, C)
         routing = {}
         for i, block in enumerate(self.h):
-            x, chosen = block(x, ids, router_noise, None if cache is None else cache.kv[i], start)
+            inputs = x, ids, router_noise, None if cache is None else cache.kv[i], start
+            if self.recompute and self.training:
+                x, chosen = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, chosen = block(*inputs)
             if chosen is not None:
                 routing[i] = chosen
         x = x if cache is None else x[:, -1:]

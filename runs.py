@@ -5,7 +5,8 @@
     out/<name>/log.jsonl    a line for each logged step
     out/<name>/run.json     config, parent, data and number of parameters
 
-Whatever the user can mend ends in one line that says how, and leaves the files as they were.
+Whatever the user can mend ends in one line that says how, and leaves the files as they were. cfg is
+train.Config throughout; train imports this file, so its base class stands in the annotations.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pickle import UnpicklingError
 from statistics import fmean
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -36,8 +37,9 @@ from config import die, way_round
 from model import GPT, GPTConfig
 from weights import BIN, PRETRAINED, foreign, is_safetensors, pretrained_path
 
-MAY_CHANGE = {'max_steps', 'device', 'log_interval', 'eval_interval', 'save_interval',     # with
-              'batch_size', 'grad_accum_steps'}                                  # --resume=True
+# what a run may go on with otherwise than it began, by --resume=True
+MAY_CHANGE = {'max_steps', 'device', 'log_interval', 'eval_interval', 'save_interval', 'dispatch',
+              'cuda_graph', 'compile', 'recompute', 'batch_size', 'grad_accum_steps'}
 
 
 # Files
@@ -114,7 +116,7 @@ def read_log(folder: str) -> list[dict]:
         return []
     with open(path, encoding='utf-8') as f:
         rows = [json.loads(line) for line in f if line.endswith('}\n')]
-    return [row for row in rows if row['step'] >= 0]
+    return [row for row in rows if row['step'] >= 0]    # a row of a log has a number there
 
 
 def write_text(path: str, text: str, mode: str = 'w') -> None:
@@ -264,6 +266,8 @@ def check_same_run(cfg: GPTConfig, explicit: set[str], saved: dict) -> GPTConfig
         return os.path.normpath(value) if type(value) is str else value     # out/a/ is out/a
 
     old, parent = asdict(type(cfg)()) | saved['config'], saved['parent']
+    if old.pop('tf32', False):                          # an older version's way to say it
+        old['precision'] = 'tf32'
     if parent and plain(cfg.init_from) == plain(parent['path']):
         cfg, path = inherit(cfg, explicit, parent), source_file(parent['path'])
         if path and os.path.exists(path) and file_hash(path) != parent['sha256']:
@@ -355,7 +359,7 @@ def begin_folder(cfg: GPTConfig, config: dict, model: GPT, device: str, meta: di
     """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes."""
     total, active = model.count_parameters()
     mb = 4 * total / 1e6
-    print(f'{device}, {"TF32" if cfg.tf32 else "fp32"}, {total:,} parameters, '
+    print(f'{device}, {cfg.precision}, {total:,} parameters, '
           f'{active:,} of them active for a token')
     print(f'memory: weights {mb:,.1f} MB, gradients {mb:,.1f} MB, Adam {2 * mb:,.1f} MB, '
           f'and activations; a checkpoint takes {3 * mb:,.1f} MB')
@@ -392,14 +396,48 @@ def pick_device(name: str) -> str:
 
 
 def set_up_device(cfg: GPTConfig) -> str:
-    """The device of a run, with PyTorch told how exact and how repeatable it has to be."""
+    """The device of a run, with PyTorch told how exact and how repeatable to be. Dies if it cannot do
+    what is asked for."""
     device = pick_device(cfg.device)
-    if cfg.tf32 and not device.startswith('cuda'):
-        die(f'tf32 is for NVIDIA GPUs and this is {device}; leave --tf32 out')
-    torch.set_float32_matmul_precision('high' if cfg.tf32 else 'highest')
+    cuda, several = device.startswith('cuda'), os.environ.get('WORLD_SIZE', '1') != '1'
+    old_gpu = cuda and torch.cuda.get_device_capability(device) < (9, 0)
+    mixtures = bool(cfg.moe_layers)
+    wrong = [
+        (cfg.precision == 'tf32' and not cuda,
+         f'tf32 is for NVIDIA GPUs and this is {device}; leave --precision=tf32 out'),
+        (cfg.dispatch == 'grouped' and (not hasattr(torch.nn.functional, 'grouped_mm') or old_gpu),
+         f'dispatch=grouped needs PyTorch 2.10 and, of NVIDIA, Hopper or newer; this is PyTorch '
+         f'{torch.__version__} on {device}: --dispatch=loop works everywhere'),
+        (cfg.cuda_graph and not cuda,
+         f'cuda_graph is for NVIDIA GPUs and this is {device}; leave --cuda_graph=True out'),
+        (cfg.cuda_graph and several,
+         'cuda_graph is for one process, since an exchange of gradients cannot be in it; leave it out'),
+        (cfg.cuda_graph and cfg.recompute,
+         'cuda_graph records random numbers, which recompute would draw once more; leave one of them out'),
+        (cfg.cuda_graph and mixtures and cfg.dispatch == 'loop',
+         'cuda_graph cannot hold a loop that waits for the device; add --dispatch=grouped'),
+        (cfg.cuda_graph and mixtures and cfg.precision != 'bf16',
+         'outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
+         '--precision=bf16')]
+    for is_so, message in wrong:
+        if is_so:
+            die(message)
+    torch.set_float32_matmul_precision('high' if cfg.precision == 'tf32' else 'highest')
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # or cuBLAS is not deterministic
     torch.use_deterministic_algorithms(cfg.deterministic)
     return device
+
+
+def set_up_model(model: GPT, cfg: GPTConfig, device: str) -> None:
+    """Moves a model to its device and lets it compute as cfg asks, its parameters staying what they are."""
+    model.to(device).train()
+    model.recompute = cfg.recompute
+    if cfg.dispatch == 'grouped':
+        from scale.grouped import grouped
+        for moe in model.mixtures().values():
+            moe.dispatch = grouped
+    if cfg.precision == 'bf16':     # matrix products; router, norms, losses, weights and Adam stay fp32
+        model.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(model.forward)
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -409,7 +447,7 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def smaller_batch(cfg: GPTConfig, error: RuntimeError, step: int) -> GPTConfig:
-    """cfg with micro-batches half as large and twice as many, the step's batch as it was.
+    """cfg with micro-batches half as large (1 of an odd number), and more of them: the same batch.
 
     Raises an error that is another than running out of memory. Dies if a batch cannot be halved.
     """
@@ -455,6 +493,26 @@ def catch_signals() -> list[int]:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
     return caught
+
+
+def run_program(train: Callable, config: GPTConfig, explicit: set[str]) -> NoReturn:
+    """What `python train.py` does around train: output, signals, memory, and the exit code."""
+    sys.stdout.reconfigure(line_buffering=True, errors='replace')   # a terminal without blocks shows ?
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)                   # train.py | head just ends
+    caught, code = catch_signals(), 0
+    try:
+        train(config, explicit, stop=caught)
+    except Stopped as stopped:
+        print(stopped)
+        code = 128 + (caught or [signal.SIGTERM])[0]
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        die(f'{error!r:.200}: the model does not fit; take a smaller one, fewer --moe_layers or '
+            '--device=cpu')
+    if dist.is_initialized():
+        dist.destroy_process_group()                                # or NCCL warns
+    sys.exit(code)
 
 
 def join_processes(cfg: GPTConfig, device: str) -> tuple[int, int]:
@@ -534,6 +592,14 @@ def print_step(row: dict, losses: list[float], domains: list[str], cfg: GPTConfi
         parts.append(f' balance {row["balance"]:.3f}  z {row["z"]:.3f}')
     left = timedelta(seconds=round((cfg.max_steps - row['step'] - 1) * row['seconds']))
     print(*parts, f' lr {row["lr"]:.1e}  {row["tokens_per_s"]:,.0f} tokens/s  {left} left')
+
+
+def report(row: dict, cfg: GPTConfig) -> None:
+    """What a finished run ended with, by the last row of its log."""
+    print(f'{cfg.out_dir} is finished; its last evaluation:')
+    with reading(os.path.join(cfg.out_dir, 'log.jsonl'), 'move it away to evaluate once more'):
+        print_evaluation(f'step {row["step"]}', row['val'], row['share'], cfg)
+    print_siblings(cfg.out_dir)
 
 
 class Sibling(NamedTuple):

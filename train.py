@@ -1,12 +1,12 @@
-"""Trains GPT-2, or a mixture of experts upcycled from it, by one plain fp32 loop.
+"""Trains GPT-2, or a mixture of experts upcycled from it, by one plain loop.
 
     python train.py config/moe_gpt2.py              upcycles GPT-2 and trains it on
     python train.py config/tiny_dense.py            a byte-level GPT from scratch, tiny.py upcycles it
     python train.py config/tiny.py --seed=1         flags and files apply left to right
     python train.py config/tiny.py --seed=1         the same command again goes on where it stopped
 
-Read Config, then how a batch is drawn, then `gradients` and the loop in `train`. All that concerns a
-run's folder is in runs.py.
+Read Config, then how a batch is drawn, then `micro_batch`, `gradients` and the loop in `train`. All
+that concerns a run's folder is in runs.py.
 """
 
 import math
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 
 # before torch is imported: a thread that waits for another one spins only briefly, then sleeps. On a
@@ -27,12 +28,11 @@ if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import runs
-from config import configure, die
+from config import configure
 from model import GPT, GPTConfig, Routing, load_balance_loss, stacked, z_loss
 from prepare import load_data
 
@@ -45,7 +45,7 @@ class Config(GPTConfig):
     moe_layers: tuple[int, ...] = (8, 9, 10, 11)    # blocks whose MLP is a mixture; none: dense GPT-2
     init_from: str = 'gpt2'                     # scratch, gpt2..gpt2-xl, a .safetensors file, or a run's folder
     out_dir: str = 'out/moe_gpt2'               # the run's folder
-    resume: bool = False                        # go on although steps, device, intervals or the batch's split changed
+    resume: bool = False                        # go on although steps, device, intervals, speed or split changed
     eval_only: bool = False                     # report the loss of what init_from names, and train nothing
     data_dir: str = 'data/web'                  # what prepare.py wrote
     device: str = ''                            # cuda, mps, cpu ...; '' is the first of these that is there
@@ -67,7 +67,11 @@ class Config(GPTConfig):
     eval_interval: int = 500                    # steps between evaluations
     eval_windows: int = 64                      # validation sequences per domain
     save_interval: int = 1000                   # steps between checkpoints
-    tf32: bool = False                          # faster, less exact matrix products on NVIDIA GPUs; fp32 means fp32
+    precision: str = 'fp32'                     # of matrix products: fp32, tf32 (NVIDIA) or bf16; all else is fp32
+    dispatch: str = 'loop'                      # loop over experts, or grouped: one product for all (scale/grouped.py)
+    cuda_graph: bool = False                    # launch each micro-batch as one CUDA graph (scale/graph.py)
+    compile: bool = False                       # torch.compile the model: a minute to start, then faster
+    recompute: bool = False                     # save memory: compute the blocks again in the backward pass
     deterministic: bool = False                 # PyTorch's deterministic algorithms, slower
 
     def __post_init__(self):
@@ -80,6 +84,8 @@ class Config(GPTConfig):
                            'router_noise', 'expert_noise')
         self.require_range(0, 1, 'warmup_fraction', 'beta1', 'beta2')
         self.require_range(1e-9, math.inf, 'grad_clip')
+        self.require_one_of(('fp32', 'tf32', 'bf16'), 'precision')
+        self.require_one_of(('loop', 'grouped'), 'dispatch')
 
 
 def windows(places: list[tuple[np.ndarray, int]], cfg: Config, device: str) -> tuple[Tensor, Tensor]:
@@ -133,12 +139,14 @@ def window_starts(tokens: np.ndarray, cfg: Config) -> np.ndarray:
 
 @torch.no_grad()
 def evaluate(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str,
-             stop: list[int] = ()) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
+             stop: list[int] = (), forward: Callable | None = None
+             ) -> tuple[dict[str, list[float]], dict[str, dict[str, list[float]]]]:
     """({domain: LM loss of each window}, {layer: {domain: each expert's share of the choices}}).
 
-    Raises runs.Stopped once stop holds a signal.
+    forward: the model's, in a faster form. Raises runs.Stopped once stop holds a signal.
     """
     losses, share = {}, {}
+    forward = model if forward is None else forward
     model.eval()
     for domain, tokens in data.items():
         starts, parts, counts = window_starts(tokens, cfg), [], {}
@@ -146,7 +154,7 @@ def evaluate(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str,
             if stop:
                 raise runs.Stopped
             places = [(tokens, start) for start in starts[i:i + cfg.batch_size]]
-            _, lm, routing = model(*windows(places, cfg, device), reduction='none')     # lm (B, T)
+            _, lm, routing = forward(*windows(places, cfg, device), reduction='none')   # lm (B, T)
             parts.append(lm.mean(dim=1))
             counts = {layer: counts.get(layer, 0) + r.counts for layer, r in routing.items()}
         losses[domain] = torch.cat(parts).tolist()
@@ -157,24 +165,41 @@ def evaluate(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str,
 
 
 def measure(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str, stop: list[int],
-            label: str, warn: bool = True) -> dict:
+            label: str, warn: bool = True, forward: Callable | None = None) -> dict:
     """An evaluation, printed, as the log has it: the loss of each domain, their mean, the shares."""
-    losses, share = evaluate(model, data, cfg, device, stop)
+    losses, share = evaluate(model, data, cfg, device, stop, forward)
     val = {domain: fmean(values) for domain, values in losses.items()}
     runs.print_evaluation(label, val, share, cfg, warn)
     return {'val': val, 'val_mean': fmean(val.values()), 'share': share}
 
 
-def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, step: int,
-              noise: float, device: str, mine: range,
-              balance_loss: Callable[[Routing], Tensor]) -> tuple[Tensor, Tensor]:
+def micro_batch(model: torch.nn.Module, cfg: Config, balance_loss: Callable[[Routing], Tensor],
+                x: Tensor, y: Tensor, noise: float | Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
+    """Adds to the gradients those of one of this process's `parts` micro-batches, x and y (B, T).
+
+    Returns each sequence's LM loss, then balance and z (B + 2,), and the pairs per expert (layers, E).
+    """
+    # [1:] drops the logits, which are large, before the backward pass. lm is (B, T)
+    lm, routing = model(x, y, router_noise=noise, reduction='none')[1:]
+    balance, z, counts = lm.new_zeros(()), lm.new_zeros(()), lm.new_zeros(0, 0)
+    if routing:
+        layers = stacked(routing)
+        balance, z, counts = balance_loss(layers).mean(), z_loss(layers).mean(), layers.counts
+    loss = lm.mean() + cfg.balance_coef * balance + cfg.z_coef * z
+    (loss / parts).backward()
+    return torch.cat([lm.mean(dim=1), balance[None], z[None]]).detach(), counts
+
+
+def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, step: int, noise: float,
+              device: str, mine: range, work: Callable) -> tuple[Tensor, Tensor]:
     """Computes one step's gradients, from those of its micro-batches that are this process's.
 
-    Returns what they were like, left on the device: (len(mine), B + 2), each sequence's LM loss, then
-    balance and z; and how many (token, slot) pairs each expert got (layers, E).
+    work is micro_batch, its first arguments given. Returns what it says, left on the device:
+    (len(mine), B + 2) of each micro-batch, and the pairs per expert of all together.
     """
-    model.zero_grad()
-    stats, counts = [], []
+    # what is recorded or compiled finds gradients where they were, and draws noise of any size, also 0
+    fixed, stats, counts = cfg.cuda_graph or cfg.compile, [], []
+    model.zero_grad(set_to_none=not fixed)
     for m in mine:
         # dropout and router noise depend on (seed, step, m) alone; of seed + step, neighbouring
         # seeds would be near copies
@@ -182,19 +207,12 @@ def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, 
         torch.manual_seed(int(key[0]))
         x, y = get_batch(data, cfg, step, m, device)
         # several processes average their gradients once, in the last of their micro-batches
-        alone = isinstance(model, DistributedDataParallel) and m != mine[-1]
-        with model.no_sync() if alone else nullcontext():
-            # [1:] lets the logits go, which are large, before the backward pass. lm is (B, T)
-            lm, routing = model(x, y, router_noise=noise or None, reduction='none')[1:]
-            balance = z = lm.new_zeros(())
-            if routing:
-                layers = stacked(routing)
-                balance, z = balance_loss(layers).mean(), z_loss(layers).mean()
-                counts.append(layers.counts)
-            loss = lm.mean() + cfg.balance_coef * balance + cfg.z_coef * z
-            (loss / len(mine)).backward()
-        stats.append(torch.cat([lm.mean(dim=1), balance[None], z[None]]).detach())
-    return torch.stack(stats), torch.stack(counts).sum(dim=0) if counts else torch.zeros(0, 0)
+        keep_local = isinstance(model, DistributedDataParallel) and m != mine[-1]
+        with model.no_sync() if keep_local else nullcontext():
+            said, chosen = work(x, y, noise if noise or fixed else None, len(mine))
+        stats.append(said)
+        counts.append(chosen)
+    return torch.stack(stats), sum(counts)
 
 
 def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTConfig], GPT] = GPT,
@@ -207,29 +225,29 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     """
     device = runs.set_up_device(cfg)
     rank, world = runs.join_processes(cfg, device)
-    main, polled = rank == 0, stop if world == 1 else ()            # several processes ask together
+    main = rank == 0
+    polled = stop if world == 1 else ()     # within an evaluation; several processes ask between steps
 
     # where the run stands: new, to go on, or finished
     meta, data = load_data(cfg.data_dir, cfg.block_size)
     start = runs.open_run(cfg, explicit, meta, data['train'], build)
     cfg, model, step, best, parent = start.cfg, start.model, start.step, start.best, start.parent
     if step == cfg.max_steps and (row := runs.finished(cfg.out_dir)):
-        print(f'{cfg.out_dir} is finished; its last evaluation:')
-        runs.print_evaluation(f'step {step}', row['val'], row['share'], cfg)
-        runs.print_siblings(cfg.out_dir)
+        runs.report(row, cfg)
         return row
     if start.optimizer:
         print(f'{cfg.out_dir} goes on from step {step}')
     config, cfg = asdict(cfg), replace(cfg, **start.split)          # as asked for, and as it fits
 
     # the model on its device, the optimizer
-    row = {}
+    at_first = {}
     if start.parent_model:
+        runs.set_up_model(start.parent_model, cfg, device)
         one = replace(cfg, batch_size=1)                            # which fits if anything does
-        row = measure(start.parent_model.to(device), data['val'], one, device, polled, 'the parent')
+        at_first = measure(start.parent_model, data['val'], one, device, polled, 'the parent')
     if cfg.eval_only:
-        return row
-    model.to(device).train()
+        return at_first
+    runs.set_up_model(model, cfg, device)
     optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay),
                                   betas=(cfg.beta1, cfg.beta2), fused=True)
     if start.optimizer:
@@ -239,9 +257,14 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     del start                                                       # and the memory of what was read
     folder, wrapped = None, model
     if main:
-        folder = runs.begin_folder(cfg, config, model, device, meta, parent, row.get('val'), step)
+        folder = runs.begin_folder(cfg, config, model, device, meta, parent, at_first.get('val'), step)
     if world > 1:       # where experts are idle, parameters get no gradient in any process
         wrapped = DistributedDataParallel(model, find_unused_parameters=bool(cfg.moe_layers))
+    wrapped = torch.compile(wrapped) if cfg.compile else wrapped
+    work, forward = partial(micro_batch, wrapped, cfg, balance_loss), wrapped
+    if cfg.cuda_graph:
+        from scale.graph import record
+        work, forward = record(work, wrapped)
 
     def keep(name: str, **more) -> None:
         """Writes a checkpoint of this step."""
@@ -260,9 +283,10 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
                 raise runs.Stopped
 
             # evaluate, and keep what is needed to go on from here
-            if (step % cfg.eval_interval == 0 or last) and 'val' not in row:
+            due = step % cfg.eval_interval == 0 or last
+            if due and 'val' not in row:            # it is there if memory ran out in this very step
                 try:
-                    row |= measure(model, data['val'], cfg, device, polled, f'step {step}', warn=step > 0)
+                    row |= measure(model, data['val'], cfg, device, polled, f'step {step}', step > 0, forward)
                 except RuntimeError as error:
                     cfg = runs.smaller_batch(cfg, error, step)      # or raises it
                     continue
@@ -284,8 +308,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
                 group['lr'] = lr
             mine = range(rank, cfg.grad_accum_steps, world)
             try:
-                stats, counts = gradients(wrapped, data['train'], cfg, step, noise, device, mine,
-                                          balance_loss)
+                stats, counts = gradients(wrapped, data['train'], cfg, step, noise, device, mine, work)
             except RuntimeError as error:
                 cfg = runs.smaller_batch(cfg, error, step)
                 continue                                            # the same step again
@@ -323,20 +346,4 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(line_buffering=True, errors='replace')   # a terminal without blocks shows ?
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)                   # train.py | head just ends
-    config, explicit = configure(Config, sys.argv[1:])
-    caught = runs.catch_signals()
-    code = 0
-    try:
-        train(config, explicit, stop=caught)
-    except runs.Stopped as stopped:
-        print(stopped)
-        code = 128 + (caught or [signal.SIGTERM])[0]
-    except RuntimeError as error:
-        if not runs.out_of_memory(error):
-            raise
-        die(f'{error!r:.200}: the model does not fit; take a smaller one, fewer --moe_layers or --device=cpu')
-    if dist.is_initialized():
-        dist.destroy_process_group()                                # or NCCL warns
-    sys.exit(code)
+    runs.run_program(train, *configure(Config, sys.argv[1:]))

@@ -1,6 +1,6 @@
 # a mixture of experts upcycled from config/tiny_dense.py, for two CPU cores
 #   python train.py config/tiny.py                                          under two minutes
-#   python train.py config/tiny.py --moe_layers= --out_dir=out/tiny_twin    its dense twin: equal steps, same sequences
+#   python train.py config/tiny_twin.py     its dense twin: equal steps, same sequences
 init_from = 'out/tiny_dense'
 out_dir = 'out/tiny'
 data_dir = 'data/local'

@@ -48,7 +48,7 @@ SCALES = {      # what the arms change, as train.py's arguments
     'tiny': ['config/tiny.py', '--device=cpu', '--experts_per_token=1', f'--init_from={PARENT}',
              '--save_interval=500'],
     'gpt2': ['config/moe_gpt2.py', '--init_from=out/parent_gpt2', '--batch_size=8',
-             '--grad_accum_steps=1', '--max_steps=2000', '--learning_rate=3e-4', '--tf32=True',
+             '--grad_accum_steps=1', '--max_steps=2000', '--learning_rate=3e-4', '--precision=tf32',
              '--eval_windows=96', '--save_interval=2000']}
 PARENTS = {     # what trains a parent that is not there yet
     PARENT: [*TINY_DENSE, f'--out_dir={PARENT}'],

@@ -27,7 +27,7 @@ def build(config: GPTConfig, mixture: type[MoE]) -> GPT:
 class Frozen(MoE):
     """A router that stays as it was drawn, without noise. Its losses change nothing."""
 
-    def route(self, x: Tensor, ids: Tensor, noise: float | None) -> Routing:
+    def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
         with torch.no_grad():
             return super().route(x, ids, None)
 
@@ -156,7 +156,7 @@ class SharedParent(MoE):
         super().__init__(config, hidden)
         self.shared = MLP(config, hidden)
 
-    def forward(self, x: Tensor, ids: Tensor, noise: float | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
         y, routing = super().forward(x, ids, noise)
         return self.shared(x) + y, routing
 
@@ -182,7 +182,7 @@ class Sliced(MoE):
         self.experts = [expert for part in self.slices for expert in part.experts]
         self.dispatch = sorted_loop
 
-    def route(self, x: Tensor, ids: Tensor, noise: float | None) -> Routing:
+    def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
         parts = [part.route(x, ids, noise) for part in self.slices]
         G, E = len(parts), len(parts[0].counts)
         return Routing(logits=torch.cat([r.logits for r in parts], dim=1),          # (N, G*E)

@@ -306,7 +306,7 @@ UNUSABLE, README = 'ckpt.pt cannot be used (', str(ROOT / 'README.md')
     (None, dict(resume=True), 'holds no run to resume'),
     (None, dict(device='meta'), 'device=meta cannot be used'),
     (None, dict(learning_rate=1e9, max_steps=1, warmup_fraction=0.0), 'step 1: the validation loss is nan'),
-    (None, dict(tf32=True), 'tf32 is for NVIDIA GPUs'),
+    (None, dict(precision='tf32'), 'tf32 is for NVIDIA GPUs'),
     (train.train, dict(learning_rate=1.0), 'learning_rate=0.01, now 1.0); name another --out_dir'),
     (train.train, dict(max_steps=9), 'max_steps=8, now 9); name another --out_dir, or go on with --resume=True'),
     (train.train, dict(resume=True, learning_rate=1.0), 'learning_rate=0.01, now 1.0); name another'),
@@ -415,3 +415,10 @@ def test_a_run_never_writes_over_the_file_that_it_starts_from(cfg, capsys):
     refused('cannot be both where this run starts from', capsys, train.train,
             replace(cfg, init_from=f'{cfg.out_dir}/best.pt'))
     assert files(cfg.out_dir) == before
+
+
+def test_a_finished_runs_log_that_cannot_be_printed_is_refused_in_one_line(cfg, capsys):
+    train.train(cfg)
+    path = Path(cfg.out_dir, 'log.jsonl')
+    path.write_text(path.read_text().replace('"words": [', '"words": [0.5, '))     # one share too many
+    refused('log.jsonl cannot be used', capsys, train.train, cfg)

@@ -1,0 +1,137 @@
+"""What is faster or smaller takes the steps of the plain loop: other dispatches, precision, recomputation."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import runs
+import train
+from conftest import load, log, refused
+from model import GPT, GPTConfig, MoE, sorted_loop
+from scale.grouped import grouped
+
+needs_grouped = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='grouped_mm came with PyTorch 2.10')
+
+
+def output_and_gradients(moe, dispatch, x, up, precision):
+    moe.dispatch = dispatch
+    ids = torch.zeros(x.shape[0], x.shape[1] + 2, dtype=torch.long)
+    with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
+        y, routing = moe(x, ids)
+    parameters = [x, *moe.parameters()]
+    return y, routing, torch.autograd.grad((y * up).sum(), parameters, allow_unused=True)
+
+
+@needs_grouped
+@pytest.mark.parametrize('precision, tolerance', [('fp32', 1e-5), ('bf16', 2e-2)])
+@pytest.mark.parametrize('k', [1, 2])
+def test_one_product_for_all_experts_equals_the_loop_but_that_an_idle_expert_gets_a_zero_gradient(
+        k, precision, tolerance):
+    torch.manual_seed(0)
+    moe = MoE(GPTConfig(n_embd=32, n_experts=5, experts_per_token=k))
+    moe.router.weight.data.normal_(std=0.5)
+    x, up = torch.randn(2, 2, 21, 32)
+    x[..., 0] = 1
+    moe.router.weight.data[3] = 0
+    moe.router.weight.data[3, 0] = -100                         # expert 3 is idle
+    x.requires_grad_()
+    y, routing, gradients = output_and_gradients(moe, sorted_loop, x, up, precision)
+    y2, _, gradients2 = output_and_gradients(moe, grouped, x, up, precision)
+    assert routing.counts[3] == 0 and routing.logits.dtype == torch.float32
+    idle = {id(p) for p in moe.experts[3].parameters()}
+    for p, mine, other in zip([y, x, *moe.parameters()], (y2, *gradients2), (y, *gradients)):
+        if id(p) in idle:
+            assert other is None and mine is not None and not mine.any()
+        else:
+            assert (mine - other).norm() <= tolerance * other.norm() and other.norm() > 0
+    assert precision == 'fp32' or not torch.equal(y, y2)
+
+
+@needs_grouped
+def test_a_run_goes_on_from_one_dispatch_to_the_other_with_its_own_optimizers_options(cfg):
+    steps = [dict(dispatch='loop'), dict(dispatch='grouped'), dict(dispatch='loop', recompute=True)]
+    for i, change in enumerate(steps):
+        c = replace(cfg, resume=i > 0, **change)
+        if change is not steps[-1]:
+            with pytest.raises(runs.Stopped):
+                train.train(c, stop=AtStep(c, 2 * i + 2))
+            saved = load(cfg)
+            saved['optimizer']['param_groups'][0] |= {'capturable': True, 'lr': torch.tensor(9.0)}
+            torch.save(saved, f'{cfg.out_dir}/ckpt.pt')
+        else:
+            train.train(c)
+    whole = replace(cfg, out_dir=cfg.out_dir + '2')
+    train.train(whole)
+    losses, expected = ([row['loss'] for row in log(c)[:-1]] for c in (cfg, whole))
+    assert len(losses) == 8 and losses == pytest.approx(expected, rel=1e-3)
+    assert load(cfg)['optimizer']['param_groups'][0]['capturable'] is False
+
+
+class AtStep:
+    """Stands for a signal that comes once a step is in the log."""
+    def __init__(self, c, step):
+        self.c, self.step = c, step
+
+    def __bool__(self):
+        return self.step in [row['step'] for row in log(self.c)]
+
+
+def test_bf16_is_of_matrix_products_alone_and_its_losses_are_those_of_fp32_within_its_rounding(cfg):
+    seen = {}
+
+    def build(config):
+        model = GPT(config)
+        model.h[1].mlp.router.register_forward_hook(lambda m, i, out: seen.update(router=out.dtype))
+        model.h[1].mlp.experts[0].c_fc.register_forward_hook(lambda m, i, out: seen.update(expert=out.dtype))
+        model.ln_f.register_forward_hook(lambda m, i, out: seen.update(norm=out.dtype))
+        return model
+    for precision, dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
+        c = replace(cfg, precision=precision, out_dir=cfg.out_dir + precision)
+        train.train(c, build=build)
+        assert seen == {'router': torch.float32, 'norm': torch.float32, 'expert': dtype}
+        tensors = [*load(c)['model'].values(),
+                   *(t for state in load(c)['optimizer']['state'].values() for t in state.values())]
+        assert {t.dtype for t in tensors} == {torch.float32}
+    losses = [[row['loss'] for row in log(replace(cfg, out_dir=cfg.out_dir + p))[:-1]] for p in ('fp32', 'bf16')]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_recomputing_the_blocks_repeats_dropout_and_noise_and_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=3, n_head=2, n_embd=16, dropout=0.3,
+                          moe_layers=(1,), n_experts=4)).train()
+    idx, passes, gradients = torch.randint(31, (2, 16)), [], []
+    model.h[1].register_forward_pre_hook(lambda *_: passes.append(1))
+    for model.recompute in (False, True):
+        torch.manual_seed(1)
+        loss = model(idx, idx, router_noise=1.0)[1]
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    assert len(passes) == 3                                     # once, and once again
+    for mine, other in zip(*gradients, strict=True):
+        assert mine is other is None or torch.equal(mine, other)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(precision='tf32'), 'tf32 is for NVIDIA GPUs and this is cpu'),
+    (dict(cuda_graph=True), 'cuda_graph is for NVIDIA GPUs and this is cpu')])
+def test_what_this_machine_cannot_do_is_refused_in_one_line(change, message, cfg, capsys):
+    refused(message, capsys, train.train, replace(cfg, **change))
+
+
+@pytest.mark.parametrize('change, world, message', [
+    (dict(), 2, 'cuda_graph is for one process'),
+    (dict(recompute=True), 1, 'recompute would draw once more'),
+    (dict(dispatch='loop'), 1, 'add --dispatch=grouped'),
+    (dict(precision='fp32'), 1, 'add --precision=bf16'),
+    (dict(capability=(8, 0)), 1, '--dispatch=loop works everywhere')])
+def test_what_a_graph_cannot_hold_and_an_older_gpu_cannot_do_is_refused_in_one_line(
+        change, world, message, cfg, capsys, monkeypatch):
+    capability = change.pop('capability', (9, 0))
+    monkeypatch.setattr(runs, 'pick_device', lambda name: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setenv('WORLD_SIZE', str(world))
+    monkeypatch.setattr(F, 'grouped_mm', print, raising=False)
+    c = replace(cfg, **{'cuda_graph': True, 'dispatch': 'grouped', 'precision': 'bf16'} | change)
+    refused(message, capsys, runs.set_up_device, c)
