@@ -24,9 +24,8 @@ from study.experiment import base_config, check_scale, read_rows
 
 try:
     from matplotlib import pyplot as plt
-    from matplotlib.axes import Axes
 except ImportError:
-    die('pictures need matplotlib: pip install matplotlib, then the same command')
+    plt = None                  # draw says so, --help works
 
 STYLES = {      # an arm's colour and dashes
     'twin': ('grey', '-'),
@@ -70,7 +69,7 @@ def choose_rows(cfg: Config) -> list[dict]:
     return sorted(rows, key=itemgetter('seed'))
 
 
-def lines(axis: Axes, rows: list[dict], names: list[str], value: Callable[[dict], list]) -> None:
+def lines(axis: 'plt.Axes', rows: list[dict], names: list[str], value: Callable[[dict], list]) -> None:
     """Each arm's mean over seeds, in a band from its smallest to its largest.
 
     value makes [[step, number], ...] of a row.
@@ -126,6 +125,8 @@ def draw_experts(rows: list[dict], path: str) -> None:
 
 def draw(cfg: Config) -> None:
     """Draws the three pictures of one comparison."""
+    if plt is None:
+        die('pictures need matplotlib: pip install matplotlib, then the same command')
     rows = choose_rows(cfg)
     plt.rcParams.update(dict.fromkeys(GREY, 'grey'))
     plt.rcParams.update({'savefig.transparent': True, 'savefig.dpi': 150, 'font.size': 9})

@@ -348,6 +348,12 @@ def test_results_md_holds_the_tables_of_the_rows(capsys):
     assert printed.strip() == experiment.tables(rows) + '\n\n' + experiment.not_run(rows)
 
 
+def test_without_matplotlib_pictures_are_refused_in_one_line(capsys, monkeypatch):
+    from study import draw
+    monkeypatch.setattr(draw, 'plt', None)
+    refused('pip install matplotlib', capsys, draw.draw, draw.Config())
+
+
 def test_pictures_are_drawn_from_the_rows(small, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     from study import draw
@@ -362,6 +368,3 @@ def test_pictures_are_drawn_from_the_rows(small, monkeypatch, capsys):
     row = experiment.read_rows(small.results)[0]
     experiment.add_row(small.results, row | {'data': 'other'})
     refused('name one with --data: other; tokens', capsys, draw.draw, draw.Config(results=small.results))
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    monkeypatch.delitem(sys.modules, 'study.draw')
-    refused('pip install matplotlib', capsys, __import__, 'study.draw')
