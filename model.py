@@ -328,12 +328,16 @@ class GPT(nn.Module):
             if chosen is not None:
                 routing[i] = chosen
         x = x if cache is None else x[:, -1:]
-        logits = F.linear(self.ln_f(x), self.wte.weight)                            # (B, T, V)
+        logits = self.unembed(self.ln_f(x))                                         # (B, T, V)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
             loss = loss.view(B, T) if reduction == 'none' else loss
         return logits, loss, routing
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> logits (B, T, V), by the matrix that embeds the tokens."""
+        return F.linear(x, self.wte.weight)
 
     def new_cache(self, B: int) -> Cache:
         """Room for what B sequences have read."""

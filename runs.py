@@ -21,9 +21,11 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
+from functools import partial
 from pickle import UnpicklingError
 from statistics import fmean
 from typing import NamedTuple, NoReturn
@@ -40,6 +42,7 @@ from weights import BIN, PRETRAINED, foreign, is_safetensors, pretrained_path
 # what a run may go on with otherwise than it began, by --resume=True
 MAY_CHANGE = {'max_steps', 'device', 'log_interval', 'eval_interval', 'save_interval', 'dispatch',
               'cuda_graph', 'compile', 'recompute', 'batch_size', 'grad_accum_steps'}
+BESIDE = 'cuda',        # devices whose checkpoints are written beside the training
 
 
 # Files
@@ -57,6 +60,41 @@ def save(path: str, state: dict) -> None:
             os.remove(path + '.tmp')
         die(f'{path} could not be written ({error}); an older one is untouched: '
             'make room and type the same command')
+
+
+class Writer:
+    """Saves a run's checkpoints, in order. What lies on a GPU is copied to the host first; then a thread
+    writes it while the training goes on."""
+
+    def __init__(self, device: str):
+        self.beside = device.startswith(BESIDE)
+        self.thread, self.waiting = ThreadPoolExecutor(1), []
+
+    def save(self, path: str, state: dict) -> None:
+        if not self.beside:
+            return save(path, state)
+        self.wait(1)                                    # the host holds two copies at most
+        copy = on_host(state)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                    # the copies are there
+        self.waiting.append(self.thread.submit(save, path, copy))
+
+    def wait(self, left: int = 0) -> None:
+        """Returns once at most `left` of them are unwritten. Ends the program if one could not be."""
+        while len(self.waiting) > left or self.waiting and self.waiting[0].done():
+            self.waiting.pop(0).result()
+
+
+def on_host(state: object) -> object:
+    """The same with a copy of each tensor in the host's memory, which may still be under way."""
+    if isinstance(state, dict):
+        return {key: on_host(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [on_host(value) for value in state]
+    if not isinstance(state, Tensor):
+        return state
+    copy = torch.empty_like(state, device='cpu', pin_memory=state.is_cuda)      # pinned: 40 times as fast
+    return copy.copy_(state, non_blocking=True)
 
 
 @contextmanager
@@ -401,7 +439,6 @@ def set_up_device(cfg: GPTConfig) -> str:
     device = pick_device(cfg.device)
     cuda, several = device.startswith('cuda'), os.environ.get('WORLD_SIZE', '1') != '1'
     old_gpu = cuda and torch.cuda.get_device_capability(device) < (9, 0)
-    mixtures = bool(cfg.moe_layers)
     wrong = [
         (cfg.precision == 'tf32' and not cuda,
          f'tf32 is for NVIDIA GPUs and this is {device}; leave --precision=tf32 out'),
@@ -413,12 +450,7 @@ def set_up_device(cfg: GPTConfig) -> str:
         (cfg.cuda_graph and several,
          'cuda_graph is for one process, since an exchange of gradients cannot be in it; leave it out'),
         (cfg.cuda_graph and cfg.recompute,
-         'cuda_graph records random numbers, which recompute would draw once more; leave one of them out'),
-        (cfg.cuda_graph and mixtures and cfg.dispatch == 'loop',
-         'cuda_graph cannot hold a loop that waits for the device; add --dispatch=grouped'),
-        (cfg.cuda_graph and mixtures and cfg.precision != 'bf16',
-         'outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
-         '--precision=bf16')]
+         'cuda_graph records random numbers, which recompute would draw once more; leave one of them out')]
     for is_so, message in wrong:
         if is_so:
             die(message)
@@ -429,13 +461,22 @@ def set_up_device(cfg: GPTConfig) -> str:
 
 
 def set_up_model(model: GPT, cfg: GPTConfig, device: str) -> None:
-    """Moves a model to its device and lets it compute as cfg asks, its parameters staying what they are."""
+    """Moves a model to its device and lets it compute as cfg asks, its parameters staying what they are.
+    Dies if a graph cannot hold its mixtures, which may be its parent's and unknown before."""
+    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'loop':
+        die('cuda_graph cannot hold a loop that waits for the device; add --dispatch=grouped')
+    if cfg.cuda_graph and cfg.moe_layers and cfg.precision != 'bf16':
+        die('outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
+            '--precision=bf16')
     model.to(device).train()
     model.recompute = cfg.recompute
     if cfg.dispatch == 'grouped':
         from scale.grouped import grouped
         for moe in model.mixtures().values():
             moe.dispatch = grouped
+    if cfg.precision != 'fp32' and device.startswith('cuda'):
+        from scale.head import padded_logits
+        model.unembed = partial(padded_logits, model.wte.weight)
     if cfg.precision == 'bf16':     # matrix products; router, norms, losses, weights and Adam stay fp32
         model.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(model.forward)
 

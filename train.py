@@ -174,11 +174,14 @@ def measure(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str, s
 
 
 def micro_batch(model: torch.nn.Module, cfg: Config, balance_loss: Callable[[Routing], Tensor],
-                x: Tensor, y: Tensor, noise: float | Tensor | None, parts: int) -> tuple[Tensor, Tensor]:
+                x: Tensor, y: Tensor, noise: float | Tensor | None, parts: int,
+                first: bool) -> tuple[Tensor, Tensor]:
     """Adds to the gradients those of one of this process's `parts` micro-batches, x and y (B, T).
 
     Returns each sequence's LM loss, then balance and z (B + 2,), and the pairs per expert (layers, E).
     """
+    if first:
+        model.zero_grad()
     # [1:] drops the logits, which are large, before the backward pass. lm is (B, T)
     lm, routing = model(x, y, router_noise=noise, reduction='none')[1:]
     balance, z, counts = lm.new_zeros(()), lm.new_zeros(()), lm.new_zeros(0, 0)
@@ -194,12 +197,12 @@ def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, 
               device: str, mine: range, work: Callable) -> tuple[Tensor, Tensor]:
     """Computes one step's gradients, from those of its micro-batches that are this process's.
 
-    work is micro_batch, its first arguments given. Returns what it says, left on the device:
+    work is micro_batch, as parts_of_a_step gives it. Returns what it says, left on the device:
     (len(mine), B + 2) of each micro-batch, and the pairs per expert of all together.
     """
-    # what is recorded or compiled finds gradients where they were, and draws noise of any size, also 0
-    fixed, stats, counts = cfg.cuda_graph or cfg.compile, [], []
-    model.zero_grad(set_to_none=not fixed)
+    stats, counts = [], []
+    # a number would be recorded, or compiled, as it is; without one, nothing is drawn
+    noise = torch.full((), noise, device=device) if cfg.cuda_graph or cfg.compile else noise or None
     for m in mine:
         # dropout and router noise depend on (seed, step, m) alone; of seed + step, neighbouring
         # seeds would be near copies
@@ -209,10 +212,29 @@ def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, 
         # several processes average their gradients once, in the last of their micro-batches
         keep_local = isinstance(model, DistributedDataParallel) and m != mine[-1]
         with model.no_sync() if keep_local else nullcontext():
-            said, chosen = work(x, y, noise if noise or fixed else None, len(mine))
+            said, chosen = work(x, y, noise, len(mine), m == mine[0])
         stats.append(said)
         counts.append(chosen)
     return torch.stack(stats), sum(counts)
+
+
+def parts_of_a_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, cfg: Config,
+                    balance_loss: Callable[[Routing], Tensor]) -> tuple[Callable, ...]:
+    """micro_batch, the forward pass for evaluations, what clips the gradients and returns their norm, and
+    what moves the weights at a given rate: as they are, compiled or recorded."""
+    def update(lr: float | Tensor) -> None:
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+        optimizer.step()
+
+    parameters = list(model.parameters())
+    model = torch.compile(model) if cfg.compile else model
+    parts = (partial(micro_batch, model, cfg, balance_loss), model,
+             partial(torch.nn.utils.clip_grad_norm_, parameters, cfg.grad_clip), update)
+    if cfg.cuda_graph:
+        from scale.graph import record
+        return record(*parts)
+    return parts
 
 
 def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTConfig], GPT] = GPT,
@@ -248,8 +270,8 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     if cfg.eval_only:
         return at_first
     runs.set_up_model(model, cfg, device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay),
-                                  betas=(cfg.beta1, cfg.beta2), fused=True)
+    optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), fused=True,
+                                  betas=(cfg.beta1, cfg.beta2), capturable=cfg.cuda_graph)
     if start.optimizer:
         groups = optimizer.state_dict()['param_groups']             # the options are this run's
         with runs.reading(os.path.join(cfg.out_dir, 'ckpt.pt'), 'name another --out_dir'):
@@ -260,21 +282,17 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
         folder = runs.begin_folder(cfg, config, model, device, meta, parent, at_first.get('val'), step)
     if world > 1:       # where experts are idle, parameters get no gradient in any process
         wrapped = DistributedDataParallel(model, find_unused_parameters=bool(cfg.moe_layers))
-    wrapped = torch.compile(wrapped) if cfg.compile else wrapped
-    work, forward = partial(micro_batch, wrapped, cfg, balance_loss), wrapped
-    if cfg.cuda_graph:
-        from scale.graph import record
-        work, forward = record(work, wrapped)
+    work, forward, clip, update = parts_of_a_step(wrapped, optimizer, cfg, balance_loss)
 
     def keep(name: str, **more) -> None:
         """Writes a checkpoint of this step."""
         split = {'batch_size': cfg.batch_size, 'grad_accum_steps': cfg.grad_accum_steps}
         if main:
-            runs.save(os.path.join(cfg.out_dir, name), {
+            writer.save(os.path.join(cfg.out_dir, name), {
                 'format': 1, 'step': step, 'config': config, 'split': split, 'data': meta, 'parent': parent,
                 'mixture': runs.mixture_name(model), 'model': model.state_dict(), **more})
 
-    log = os.path.join(cfg.out_dir, 'log.jsonl')
+    log, writer = os.path.join(cfg.out_dir, 'log.jsonl'), runs.Writer(device)
     row, seconds, steps = {'step': step}, 0.0, 0                    # spent and done since the last log
     try:
         while True:
@@ -304,17 +322,15 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
             # one optimizer step, over grad_accum_steps micro-batches
             began = time.perf_counter()
             lr, noise = schedules(step, cfg)
-            for group in optimizer.param_groups:
-                group['lr'] = lr
             mine = range(rank, cfg.grad_accum_steps, world)
             try:
                 stats, counts = gradients(wrapped, data['train'], cfg, step, noise, device, mine, work)
             except RuntimeError as error:
                 cfg = runs.smaller_batch(cfg, error, step)
                 continue                                            # the same step again
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
+            grad_norm = float(clip())
             runs.check_finite(step, 'gradient', grad_norm)
-            optimizer.step()
+            update(lr)
             stats, counts = runs.of_all_processes(stats, counts, world)
             for moe, count in zip(model.mixtures().values(), counts):
                 moe.after_step(count)
@@ -328,6 +344,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
                 row |= {'loss': fmean(losses), 'balance': balance, 'z': z, 'lr': lr,
                         'grad_norm': grad_norm, 'seconds': seconds / steps,
                         'tokens_per_s': len(losses) * cfg.block_size * steps / seconds}
+                writer.wait(left=2)                                 # or dies of what could not be written
                 if main:
                     runs.write_log(log, [row])
                 if step % cfg.log_interval == 0:
@@ -335,10 +352,12 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
                 seconds, steps = 0.0, 0
             step += 1
             row = {'step': step}
+        writer.wait()
         runs.print_siblings(cfg.out_dir)
         return row
     except runs.Stopped as stopped:
         keep('ckpt.pt', best=best, optimizer=optimizer.state_dict())
+        writer.wait()
         raise runs.Stopped(f'stopped at step {step}; the same command goes on from there') from stopped
     finally:
         if main:

@@ -1,18 +1,22 @@
-"""A micro-batch as a CUDA graph: its launches recorded once, then replayed by a single one.
+"""A step as a few CUDA graphs: its launches recorded once, then replayed by a single one each.
 
 A step of a few thousand tokens is a thousand small kernels, and the GPU waits for the CPU to launch each
 of them. A CUDA graph is that sequence of launches, recorded once. A replay does the very same to the very
 same memory, so
 
     inputs are copied to fixed places, and results are copied away before the next replay
-    gradients are zeroed where they are, never dropped: an idle expert's is zero, and Adam moves it
-    the noise's size is a tensor, and it is always drawn, since a number would be recorded as it is
+    gradients stay where the first micro-batch of a step writes them, an idle expert's too: it is zero
+    the noise's size and the learning rate are tensors, since numbers would be recorded as they are
     nothing may wait for the device, as dispatch='loop' does to learn how many tokens each expert got
+
+A step is at least three graphs: its micro-batches, then clipping, then AdamW. Between the last two the
+host reads the gradient's length, so that a NaN still ends the run before it reaches the weights.
 
     python train.py config/fast_gpt2.py         sets cuda_graph=True
 
 Dropout and noise come from the seed that torch.manual_seed set before the replay. They are not the plain
-loop's, which draws no noise once its size is 0. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
+loop's, which draws no noise once its size is 0, and the learning rate is rounded to fp32.
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 """
 
 from collections.abc import Callable
@@ -25,51 +29,68 @@ from torch import Tensor
 from model import Routing
 
 
-def record(work: Callable, model: nn.Module) -> tuple[Callable, Callable]:
-    """train.micro_batch and the model's forward pass for evaluation, both as graphs."""
-    return Graph(work, partial(model.zero_grad, set_to_none=False)), Forward(model)
+def record(work: Callable, model: nn.Module, clip: Callable, update: Callable) -> tuple[Callable, ...]:
+    """The parts of a step, as train.parts_of_a_step makes them, each as graphs."""
+    device, forward, graphs = next(model.parameters()).device, Forward(model), {}
+
+    def recorded_work(x: Tensor, y: Tensor, noise: Tensor, parts: int, first: bool) -> tuple[Tensor, ...]:
+        if graphs.get('split') != (x.shape, parts):             # at the start, or memory ran out
+            if graphs:
+                forward.forget()
+            graphs.clear()
+            pool = torch.cuda.graph_pool_handle()               # one memory for all: they run in turns
+            graphs.update(split=(x.shape, parts), clip=Graph(clip, pool, rehearsals=None),
+                          first=Graph(partial(work, parts=parts, first=True), pool, rehearsals=3),
+                          # it adds to the first one's gradients, so it must not be rehearsed
+                          later=Graph(partial(work, parts=parts, first=False), pool, rehearsals=0),
+                          update=Graph(update, pool, rehearsals=None))
+        return graphs['first' if first else 'later'](x, y, noise)
+
+    return (recorded_work, forward, lambda: graphs['clip'](),
+            lambda lr: graphs['update'](torch.full((), lr, device=device)))
 
 
 class Graph:
     """work, recorded at its first call for each shape of its tensors and replayed from then on.
 
-    work takes tensors and floats, which may change from call to call, and ints, which may not; it
-    returns a tuple of tensors. clean undoes what its rehearsals leave in the gradients.
+    work takes tensors and returns a tuple of tensors, one tensor, or nothing. rehearsals: how often it
+    is called before, which sets libraries up; None: its first call is for real, as AdamW's must be,
+    which makes the state that a replay only changes.
     """
 
-    def __init__(self, work: Callable[..., tuple[Tensor, ...]], clean: Callable[[], None]):
-        self.work, self.clean, self.recorded = work, clean, {}
+    def __init__(self, work: Callable, pool: tuple, rehearsals: int | None):
+        self.work, self.pool, self.rehearsals, self.recorded = work, pool, rehearsals, {}
 
-    def __call__(self, *inputs: Tensor | float | int) -> tuple[Tensor, ...]:
-        key = tuple(x.shape if isinstance(x, Tensor) else type(x) is int and x for x in inputs)
-        if key not in self.recorded:
-            self.recorded[key] = self.record(inputs)
-        graph, places, results = self.recorded[key]
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...] | Tensor | None:
+        if self.rehearsals is None:
+            result = self.work(*inputs)
+            self.rehearsals = 0
+            return result
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self.recorded:
+            self.recorded[shapes] = self.record(inputs)
+        graph, places, results = self.recorded[shapes]
         for place, x in zip(places, inputs):
-            if isinstance(x, Tensor):
-                place.copy_(x, non_blocking=True)
-            elif isinstance(x, float):
-                place.fill_(x)
+            place.copy_(x, non_blocking=True)
         graph.replay()
-        return tuple(result.clone() for result in results)
+        if isinstance(results, tuple):
+            return tuple(result.clone() for result in results)
+        return results if results is None else results.clone()
 
-    def record(self, inputs: tuple) -> tuple[torch.cuda.CUDAGraph, list, tuple[Tensor, ...]]:
+    def record(self, inputs: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list, object]:
         """(the graph, where its inputs lie, where its results lie)."""
         seed = torch.initial_seed()                         # what torch.manual_seed was given last
-        device = next(x.device for x in inputs if isinstance(x, Tensor))
-        places = [x.clone() if isinstance(x, Tensor) else
-                  torch.full((), x, device=device) if isinstance(x, float) else x for x in inputs]
-        side = torch.cuda.Stream()                          # rehearse: set libraries up, make gradients
+        places = [x.clone() for x in inputs]
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(3):
+            for _ in range(self.rehearsals):
                 self.work(*places)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.empty_cache()                            # the graph keeps memory of its own
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             results = self.work(*places)
-        self.clean()
         torch.manual_seed(seed)                             # the first replay draws what it should
         return graph, places, results
 
@@ -79,7 +100,11 @@ class Forward:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.graph = Graph(self.losses_and_counts, lambda: None)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops what is recorded, and its memory."""
+        self.graph = Graph(self.losses_and_counts, torch.cuda.graph_pool_handle(), rehearsals=3)
 
     def losses_and_counts(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         _, lm, routing = self.model(x, y, reduction='none')

@@ -41,4 +41,4 @@ def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
 def stacked_parameters(experts: nn.ModuleList, name: str, dtype: torch.dtype) -> Tensor:
     """(E, ...) one parameter of all experts. They stay where they are; this copy is what autocast would
     make of each of them anyway."""
-    return torch.stack([expert.get_parameter(name) for expert in experts]).to(dtype)
+    return torch.stack([expert.get_parameter(name).to(dtype) for expert in experts])

@@ -35,19 +35,11 @@ from torch import Tensor
 
 from config import configure, die
 from model import GPT, MLP, MoE, Routing, load_balance_loss, sorted_loop
-from runs import pick_device, set_up_model
-from scale.graph import record
+from runs import pick_device
 
 FLAGSHIP = train.Config()               # GPT-2 small, 8 experts in layers 8-11, top-1, 8 x 512 tokens
 SPLITS = (2, 4), (4, 2), (8, 1)         # of a step: sequences x micro-batches
 QUICK_SPLITS, QUICK_BLOCK = ((1, 1),), 256
-FAST_SPLITS = (2, 4), (8, 1), (64, 1)
-FAST = {                                # the keys of train.py by which a step gets faster
-    'loop fp32': {}, 'loop tf32': {'precision': 'tf32'},
-    'grouped bf16': {'precision': 'bf16', 'dispatch': 'grouped'},
-    '+ graph': {'precision': 'bf16', 'dispatch': 'grouped', 'cuda_graph': True},
-    '+ compile': {'precision': 'bf16', 'dispatch': 'grouped', 'compile': True},
-    '+ both': {'precision': 'bf16', 'dispatch': 'grouped', 'compile': True, 'cuda_graph': True}}
 NAMES = 'dense', 'mistral_loop', 'sorted_loop'          # what a step is timed with
 TOKENS, CPU_TOKENS = (1024, 32768), (1024, 8192)        # of one layer
 EXPERTS = 8, 16, 64, 128
@@ -202,10 +194,10 @@ def set_up(models: dict, name: str, precision: str) -> tuple[GPT, torch.optim.Op
 def one_step(models: dict, name: str, precision: str, c: train.Config, device: str) -> None:
     """An optimizer step of train.py."""
     model, optimizer = set_up(models, name, precision)
-    work = partial(train.micro_batch, model, c, load_balance_loss)
+    work, _, clip, update = train.parts_of_a_step(model, optimizer, c, load_balance_loss)
     train.gradients(model, DATA, c, 0, 0.0, device, range(c.grad_accum_steps), work)
-    float(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
-    optimizer.step()
+    float(clip())
+    update(0.0)
 
 
 def step_part(cfg: Config, device: str) -> dict:
@@ -239,69 +231,6 @@ def step_part(cfg: Config, device: str) -> dict:
         tables['launches'] = launches(models, first, device)
         tables['tf32'] = tf32_choices(models, first, device)
     return tables
-
-
-def fast_part(cfg: Config, device: str) -> dict:
-    """The optimizer step by each of the keys that make it fast, a dense model beside each. CUDA only."""
-    if not device.startswith('cuda') or cfg.quick:
-        return {}
-    peak, bandwidth = ceilings(device)
-    rows = [fast_row(split, name, keys, cfg, device, peak, bandwidth)
-            for split, (name, keys) in product(FAST_SPLITS, FAST.items())]
-    return {'fast': show(
-        "an optimizer step by train.py's keys: dense and mixture, each in its precision", rows,
-        f'peak: {peak / 1e12:.0f} TFLOP/s, a bf16 product of 8,192 squares; of peak: the operations of the '
-        'active parameters and of attention over it.',
-        f"floor: these operations at the peak, and Adam's 28 bytes a parameter at {bandwidth / 1e12:.2f} TB/s, "
-        'a copy. What is above it is launches, waits and memory traffic of small kernels.')}
-
-
-def ceilings(device: str) -> tuple[float, float]:
-    """(operations per second of a large bf16 product, bytes per second of a large copy)."""
-    a, b = torch.randn(2, 8192, 8192, device=device, dtype=torch.bfloat16)
-    c, d = torch.empty(2, 2**28, device=device)
-    ms = interleave({'product': partial(torch.mm, a, b), 'copy': partial(c.copy_, d)}, 0, device)
-    return 2 * 8192**3 / ms['product'] * 1e3, 2 * c.nbytes / ms['copy'] * 1e3
-
-
-def fast_row(split: tuple[int, int], name: str, keys: dict, cfg: Config, device: str, peak: float,
-             bandwidth: float) -> dict:
-    """One way to take one split's step."""
-    c = replace(FLAGSHIP, batch_size=split[0], grad_accum_steps=split[1], dropout=0.1, **keys)
-    tokens, calls, floor = split[0] * split[1] * c.block_size, {}, {}
-    torch.set_float32_matmul_precision('high' if c.precision == 'tf32' else 'highest')
-    torch.cuda.reset_peak_memory_stats()
-    for kind, layers in (('dense', ()), ('mixture', c.moe_layers)):
-        each = replace(c, moe_layers=layers)
-        model, optimizer = make(device, **{key: getattr(each, key) for key in ('moe_layers', 'dropout')})
-        set_up_model(model, each, device)
-        faster = torch.compile(model) if c.compile else model
-        work = partial(train.micro_batch, faster, each, load_balance_loss)
-        if c.cuda_graph:
-            work, _ = record(work, model)
-        calls[kind] = partial(fast_step, model, optimizer, work, each, device)
-        total, active = model.count_parameters()
-        operations = tokens * (6 * (active - c.block_size * c.n_embd) + 6 * c.n_layer * c.n_embd * c.block_size)
-        floor[kind] = operations / peak + 28 * total / bandwidth
-        floor['share'] = operations / peak
-    ms = interleave(calls, cfg.repeats, device)
-    row = {'split': '{}x{}'.format(*split), 'by': name, 'dense ms': ms['dense'], 'mixture ms': ms['mixture'],
-           'x': ms['mixture'] / ms['dense'], 'mixture tokens/s': round(1e3 * tokens / ms['mixture']),
-           'of peak %': 1e5 * floor['share'] / ms['mixture'], 'floor ms': 1e3 * floor['mixture'],
-           'dense floor ms': 1e3 * floor['dense'], 'both GB': torch.cuda.max_memory_allocated() / 1e9}
-    print(row, flush=True)
-    calls.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
-    return row
-
-
-def fast_step(model: GPT, optimizer: torch.optim.Optimizer, work: Callable, c: train.Config,
-              device: str) -> None:
-    """An optimizer step of train.py, its micro-batches computed by work."""
-    train.gradients(model, DATA, c, 0, 0.0, device, range(c.grad_accum_steps), work)
-    float(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip))
-    optimizer.step()
 
 
 def launches(models: dict, c: train.Config, device: str) -> list[dict]:
@@ -502,7 +431,7 @@ def generate_part(cfg: Config, device: str) -> dict:
     return {'generate': show(title, rows, *notes)}
 
 
-PARTS = {'step': step_part, 'fast': fast_part, 'layer': layer_part, 'memory': memory_part, 'generate': generate_part}
+PARTS = {'step': step_part, 'layer': layer_part, 'memory': memory_part, 'generate': generate_part}
 
 
 def main(cfg: Config) -> dict:

@@ -8,7 +8,10 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +23,7 @@ import torch
 import prepare
 import runs
 import train
-from conftest import ROOT, After, as_safetensors, assert_same, load, log, refused
+from conftest import ROOT, After, Logged, as_safetensors, assert_same, load, log, refused
 from model import GPT, MoE
 
 
@@ -343,6 +346,35 @@ def test_a_disk_that_is_or_becomes_full_costs_no_checkpoint(cfg, capsys, monkeyp
         refused('No space left on device', capsys, train.train, cfg)
     assert Path(cfg.out_dir, 'ckpt.pt').read_bytes() == before and not list(Path(cfg.out_dir).glob('*.tmp'))
     assert train.train(cfg)['step'] == 8
+
+
+def test_checkpoints_written_beside_the_training_are_the_same_and_a_full_disk_still_ends_the_run(
+        cfg, capsys, monkeypatch):
+    train.train(cfg)
+    whole, save, slowly = everything(cfg), runs.save, []
+
+    def late(path, state):                      # once a later step has changed the weights
+        assert threading.current_thread() is not threading.main_thread()
+        time.sleep(0.1)
+        slowly.append(state['step'])
+        save(path, state)
+
+    def full(path, state):
+        if state['step'] == 4:
+            runs.die('no room')
+        save(path, state)
+
+    monkeypatch.setattr(runs, 'BESIDE', ('cpu',))
+    monkeypatch.setattr(runs, 'save', late)
+    for stop in (Logged(beside := replace(cfg, out_dir=cfg.out_dir + '2'), 5), ()):
+        with nullcontext() if stop == () else pytest.raises(runs.Stopped):
+            train.train(beside, stop=stop)
+        assert load(beside)['step'] == slowly[-1] == (8 if stop == () else 6)
+    assert_same(whole, everything(beside))
+    monkeypatch.setattr(runs, 'save', full)
+    capsys.readouterr()
+    refused('no room', capsys, train.train, replace(cfg, out_dir=cfg.out_dir + '3'))
+    assert load(replace(cfg, out_dir=cfg.out_dir + '3'))['step'] == 0
 
 
 def test_a_second_program_in_the_folder_of_a_run_is_refused_until_it_ends(cfg, capsys):

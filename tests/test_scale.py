@@ -11,6 +11,7 @@ import train
 from conftest import load, log, refused
 from model import GPT, GPTConfig, MoE, sorted_loop
 from scale.grouped import grouped
+from scale.head import padded_logits
 
 needs_grouped = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='grouped_mm came with PyTorch 2.10')
 
@@ -123,8 +124,6 @@ def test_what_this_machine_cannot_do_is_refused_in_one_line(change, message, cfg
 @pytest.mark.parametrize('change, world, message', [
     (dict(), 2, 'cuda_graph is for one process'),
     (dict(recompute=True), 1, 'recompute would draw once more'),
-    (dict(dispatch='loop'), 1, 'add --dispatch=grouped'),
-    (dict(precision='fp32'), 1, 'add --precision=bf16'),
     (dict(capability=(8, 0)), 1, '--dispatch=loop works everywhere')])
 def test_what_a_graph_cannot_hold_and_an_older_gpu_cannot_do_is_refused_in_one_line(
         change, world, message, cfg, capsys, monkeypatch):
@@ -135,3 +134,26 @@ def test_what_a_graph_cannot_hold_and_an_older_gpu_cannot_do_is_refused_in_one_l
     monkeypatch.setattr(F, 'grouped_mm', print, raising=False)
     c = replace(cfg, **{'cuda_graph': True, 'dispatch': 'grouped', 'precision': 'bf16'} | change)
     refused(message, capsys, runs.set_up_device, c)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(dispatch='loop'), 'add --dispatch=grouped'),
+    (dict(dispatch='grouped', precision='fp32'), 'add --precision=bf16')])
+def test_a_graph_is_refused_for_mixtures_that_it_cannot_hold_also_if_they_are_the_parents(
+        change, message, cfg, capsys, monkeypatch):
+    train.train(cfg)
+    child = replace(cfg, init_from=cfg.out_dir, out_dir=cfg.out_dir + '2', moe_layers=(), cuda_graph=True,
+                    **change)
+    monkeypatch.setattr(runs, 'set_up_device', lambda c: 'cpu')
+    refused(message, capsys, train.train, child)
+
+
+def test_padded_rows_change_no_logit_and_no_gradient():
+    torch.manual_seed(0)
+    weight, x = torch.randn(257, 16, requires_grad=True), torch.randn(2, 5, 16, requires_grad=True)
+    up = torch.randn(2, 5, 257)
+    ways = [F.linear(x, weight), padded_logits(weight, x)]
+    assert ways[0].shape == ways[1].shape
+    for mine, other in zip(*(torch.autograd.grad((y * up).sum(), (weight, x)) for y in ways)):
+        assert mine.shape == other.shape and torch.allclose(mine, other, atol=1e-5)
+    assert torch.allclose(*ways, atol=1e-5)
