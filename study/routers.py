@@ -17,6 +17,8 @@ from torch.nn.utils import parameters_to_vector
 
 from model import GPT, MLP, GPTConfig, MoE, Routing, count_pairs, sorted_loop
 
+PRIME = 2**31 - 1       # hashes of n-grams are below it
+
 
 def build(config: GPTConfig, mixture: type[MoE]) -> GPT:
     """A model whose mixtures are of that class, shown what they need of the rest of it."""
@@ -232,19 +234,26 @@ class SharedBalanced(SharedParent, BalancedHash):
 
 
 class Bigram(Hash):
-    """A hash of the last n ids, one expert per token. Each id is multiplied by its age's factor."""
+    """A hash of the last n ids, one expert per token."""
     n = 2
-    prime = 2**31 - 1
 
     def draw(self, config: GPTConfig) -> Tensor:
-        return torch.randint(1, self.prime, (self.n,))                      # the factors
+        return torch.randint(1, PRIME, (self.n,))                           # the factors of hash_last
 
     def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
-        T = ids.shape[1] - 2
-        hashed = torch.zeros_like(ids[:, 2:])                               # (B, T)
-        for age, factor in enumerate(self.table):
-            hashed += factor * (ids[:, 2 - age:2 - age + T] + 2)            # -1 before the beginning
-        return (hashed % self.prime % len(self.experts)).view(-1, 1)
+        return (hash_last(ids, self.table) % len(self.experts)).view(-1, 1)
+
+
+def hash_last(ids: Tensor, factors: Tensor) -> Tensor:
+    """A number for each token's last n ids, itself included, each times the factor of its age.
+
+    ids (B, T+2), behind those of the two tokens before; factors (n,) -> (B, T).
+    """
+    T = ids.shape[1] - 2
+    hashed = torch.zeros_like(ids[:, 2:])
+    for age, factor in enumerate(factors):
+        hashed += factor * (ids[:, 2 - age:2 - age + T] + 2)                # -1 before the beginning
+    return hashed % PRIME
 
 
 class Trigram(Bigram):
