@@ -1,18 +1,18 @@
-"""Pictures of an experiment's rows: assets/<scale>_losses.png, _balance.png and _experts.png.
+"""Pictures of one comparison's rows: assets/<scale>_arms.svg, _lead, _clock, _experts and _balance.
 
     python -m study.draw                                    the tiny scale
-    python -m study.draw --scale=gpt2 --data_dir=data/corpus    GPT-2's shape, on another text
+    python -m study.draw --scale=gpt2 --steps=10000         GPT-2's shape, the long runs
+    python -m study.draw --lines=top1,top2,hash_all         the arms that are drawn as lines
 
-They are readable without colour (lines differ by dashes), on light as on dark pages (grey text, no
-ground). Needs matplotlib.
+They are readable on light as on dark pages (grey text, no ground), and lines are labelled at their ends.
+Needs matplotlib. A picture whose rows are not there is left out.
 """
 
 import os
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
+from statistics import fmean
 
 if __name__ == '__main__':      # Ctrl-C: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -20,122 +20,197 @@ if __name__ == '__main__':      # Ctrl-C: just leave
 import numpy as np
 
 from config import configure, die
-from study.experiment import base_config, check_scale, read_rows
+from study.rows import COMMITTED, TIME_KEY, Result, by_clock, comparisons, pick, read_rows, results
 
 try:
     from matplotlib import pyplot as plt
+    from matplotlib.colors import TwoSlopeNorm
 except ImportError:
     plt = None                  # draw says so, --help works
 
-STYLES = {      # an arm's colour and dashes
-    'twin': ('grey', '-'),
-    'top1': ('#d95f02', '--'),
-    'top2': ('#3f8fd2', '-.'),
-    'no_balance': ('#b8860b', ':')}
+COLOURS = '#d95f02', '#3f8fd2', '#1b9e77', '#a6569d', '#b8860b', '#cc4c6b', '#5f7fbf', '#8a8d2e'
 GREY = ['text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick.color']
 
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # tiny or gpt2
-    init_from: str = ''         # the rows' parent; '' is the scale's own
-    data_dir: str = ''          # '' is the scale's own
-    data: str = ''              # which preparation of it, as rows say; needed if there are several
-    results: str = 'study/results.json'         # where the rows are
+    scale: str = 'tiny'         # tiny, tokens, gpt2 or gpt2_domains
+    steps: int = 0              # the comparison's; 0 is the one with the most arms
+    parent: str = 'own'         # own, longer, gpt2 ...
+    data: str = ''              # as rows say it; needed if there are several
+    tokens: int = 0             # of a step; needed if there are several
+    lines: str = ''             # arms drawn as lines; '' is top1, top2 and the four best
+    experts: str = 'top1,top2'  # arms whose experts' shares are drawn
+    results: str = COMMITTED    # where the rows are
+    times: str = 'study/times.json'         # where the ms per step are
     folder: str = 'assets'      # where the pictures go
 
-    def __post_init__(self):
-        check_scale(self.scale)
+
+def choose(cfg: Config, rows: list[dict]) -> dict:
+    """What the rows of one comparison share. Dies if there is none, or if cfg leaves open which."""
+    asked = {key: getattr(cfg, key) for key in ('scale', 'steps', 'parent', 'data', 'tokens') if getattr(cfg, key)}
+    found = pick(comparisons(rows), **asked)
+    if not found:
+        die(f'{cfg.results} holds no rows of {asked}; python -m study.experiment makes them')
+    found.sort(key=lambda of: len({row['arm'] for row in pick(rows, **of)}))
+    for key in ('data', 'tokens'):
+        if len(values := {str(of[key]) for of in found}) > 1:
+            die(f'{cfg.results} holds several comparisons; name one with --{key}: {", ".join(sorted(values))}')
+    return found[-1]
 
 
-def choose_rows(cfg: Config) -> list[dict]:
-    """The rows of one comparison. Dies if there are none, or if cfg leaves open which."""
-    base = base_config(cfg.scale, cfg.init_from, cfg.data_dir)
-    asked = {'scale': cfg.scale, 'init_from': base.init_from, 'data_dir': base.data_dir}
-    if cfg.data:
-        asked['data'] = cfg.data
-    rows = [row for row in read_rows(cfg.results) if asked.items() <= row.items()]
-    found = sorted({row['data'] for row in rows})
-    if not rows:
-        given = ' '.join(f'--{key}={value}' for key, value in asked.items() if key != 'data')
-        die(f'{cfg.results} holds no rows of {", ".join(asked.values())}; '
-            f'python -m study.experiment {given} makes them')
-    if len(found) > 1:
-        die(f'{cfg.results} holds rows of several preparations; name one with --data: '
-            f'{"; ".join(found)}')
-    if not any(row['arm'] == 'top1' for row in rows):
-        die('pictures show top1 beside other arms; '
-            f'python -m study.experiment --scale={cfg.scale} --arms=top1 runs it')
-    return sorted(rows, key=itemgetter('seed'))
+def label_ends(axis: 'plt.Axes', ends: list[tuple[float, float, str, str]]) -> None:
+    """Writes (x, y, text, colour) to the right of lines' ends, moved apart where they would overlap."""
+    (left, right), (low, high), placed = axis.get_xlim(), axis.get_ylim(), []
+    for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
+        near = [at for other, at in placed if abs(x - other) < 0.2 * (right - left)]
+        at = max([y, *(each + 0.055 * (high - low) for each in near)])
+        placed.append((x, at))
+        axis.annotate(text, (x, y), (6, (at - y) / (high - low) * axis.bbox.height * 72 / axis.figure.dpi),
+                      textcoords='offset points', color=colour, va='center', annotation_clip=False)
 
 
-def lines(axis: 'plt.Axes', rows: list[dict], names: list[str], value: Callable[[dict], list]) -> None:
-    """Each arm's mean over seeds, in a band from its smallest to its largest.
-
-    value makes [[step, number], ...] of a row.
-    """
-    for name in names:
-        series = np.array([value(row) for row in rows if row['arm'] == name])   # (seeds, points, 2)
-        if len(series):
-            colour, dash = STYLES[name]
-            steps, numbers = series[0, :, 0], series[:, :, 1]
-            low, high = numbers.min(axis=0), numbers.max(axis=0)
-            axis.plot(steps, numbers.mean(axis=0), dash, color=colour, label=name)
-            axis.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
-    axis.set_xlabel('step')
-    axis.legend(frameon=False)
-
-
-def draw_losses(rows: list[dict], path: str) -> None:
-    """The validation loss of each domain over the steps."""
-    domains = list(rows[0]['val'])
-    figure, axes = plt.subplots(1, len(domains), figsize=(10, 3.2), layout='constrained')
-    for axis, domain in zip(axes, domains):
-        def value(row: dict, domain: str = domain) -> list:
-            return [[step, val[domain]] for step, val in row['val_at'] if step]
-        lines(axis, rows, list(STYLES), value)
-        axis.set_title(f'{domain}: validation loss')
-    figure.savefig(path)
+def draw_arms(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
+    """Every arm's difference to its twin, with its interval. Filled: in all layers."""
+    arms = {name: r for name, r in found.items() if r.differences}
+    if not arms:
+        return None
+    families = list(dict.fromkeys(name.removesuffix('_all') for name in arms))      # the best first
+    figure, axis = plt.subplots(figsize=(7, 0.24 * len(families) + 1.2), layout='constrained')
+    for name, r in arms.items():
+        in_all = name.endswith('_all')
+        y = families.index(name.removesuffix('_all')) + (0.12 if in_all else -0.12)
+        axis.errorbar(fmean(r.differences), y, xerr=r.half, fmt='o', color=COLOURS[in_all], ms=4.5, lw=1.2,
+                      mfc=COLOURS[in_all] if in_all else 'none')
+    axis.axvline(0, color='grey', lw=0.8)
+    axis.set_yticks(range(len(families)), families)
+    axis.set_ylim(len(families) - 0.5, -0.5)
+    axis.set_xlabel('validation loss less the dense twin\'s, nats per token, both at their best rates')
+    axis.grid(axis='y', lw=0.3, alpha=0.5)
+    axis.text(0, 1.01, 'in some layers (open)', color=COLOURS[0], transform=axis.transAxes)
+    axis.text(1, 1.01, 'in all layers (filled)', color=COLOURS[1], transform=axis.transAxes, ha='right')
+    return figure
 
 
-def draw_balance(rows: list[dict], path: str) -> None:
+def lines(found: dict[str, Result], cfg: Config) -> dict[str, str]:
+    """{arm: its colour} of the arms that are drawn as lines."""
+    arms = [name for name, r in found.items() if r.differences]         # the best first
+    chosen = cfg.lines.split(',') if cfg.lines else list(dict.fromkeys([*arms[:4], 'top1', 'top2']))
+    return dict(zip([name for name in chosen if name in arms], COLOURS * 9))
+
+
+def draw_lead(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
+    """The difference to the twin over the steps: the mean over seeds, in a band from the smallest to the
+    largest."""
+    twins, ends = {(row['seed'], row['sha256']): row for row in found['twin'].rows}, []
+    figure, axis = plt.subplots(figsize=(7, 3.6), layout='constrained')
+    for name, colour in lines(found, cfg).items():
+        series = []
+        for row in found[name].rows:
+            if twin := twins.get((row['seed'], row['sha256'])):
+                its = dict(twin['val_at'])
+                series.append([[step, loss - its[step]] for step, loss in row['val_at'] if step in its])
+        steps, numbers = np.array(series)[0, :, 0], np.array(series)[:, :, 1]       # (seeds, points)
+        axis.fill_between(steps, numbers.min(axis=0), numbers.max(axis=0), color=colour, alpha=0.2, lw=0)
+        axis.plot(steps, numbers.mean(axis=0), color=colour)
+        ends.append((steps[-1], numbers.mean(axis=0)[-1], name, colour))
+    if not ends:
+        return None
+    axis.axhline(0, color='grey', lw=0.8)
+    axis.set(xlabel='step', ylabel='validation loss less the twin\'s')
+    label_ends(axis, [*ends, (ends[0][0], 0.0, 'twin', 'grey')])
+    return figure
+
+
+def draw_clock(found: dict[str, Result], clocked: dict[str, Result], times: list[dict],
+               cfg: Config) -> 'plt.Figure | None':
+    """The loss over the time of training, by the ms per step of a quiet machine; the first seed's runs. Grey:
+    the twin at equal steps, and with the steps that the arms' times allow."""
+    ms = {row['arm']: row for row in times}
+    curves = [(name, found[name].rows[0], ms[name]['ms'], colour, '-')
+              for name, colour in lines(found, cfg).items() if name in ms]
+    if not curves:
+        return None
+    twin_ms = ms[curves[0][0]]['twin_ms']
+    curves.append(('twin', found['twin'].rows[0], twin_ms, 'grey', '-'))
+    curves += [(f'twin, {r.rows[0]["steps"]:,} steps', r.rows[0], ms[name]['twin_ms'], 'grey', '--')
+               for name, r in clocked.items() if name in lines(found, cfg)]
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout='constrained')
+    ends = []
+    for name, row, each, colour, dash in curves:
+        seconds, losses = np.array([[step * each / 1000, loss] for step, loss in row['val_at'] if step]).T
+        axis.plot(seconds, losses, dash, color=colour)
+        ends.append((seconds[-1], losses[-1], name, colour))
+    axis.set(xlabel=f'seconds of training ({times[0]["machine"]})', ylabel='validation loss')
+    label_ends(axis, ends)
+    return figure
+
+
+def draw_experts(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
+    """Each expert's share of each domain's choices, of the first seed. White is an even share."""
+    shares = {name: found[name].rows[0]['share'] for name in cfg.experts.split(',')
+              if name in found and found[name].rows[0].get('share')}
+    if not shares:
+        return None
+    most = max(len(share) * len(of) for share in shares.values() for of in share.values())
+    figure, axes = plt.subplots(1, len(shares), figsize=(5 * len(shares), 0.22 * most + 1.2), squeeze=False,
+                                layout='constrained')
+    for axis, (name, share) in zip(axes[0], shares.items()):
+        numbers = np.array([each for of in share.values() for each in of.values()])     # (layers x domains, E)
+        even = 1 / numbers.shape[1]
+        norm = TwoSlopeNorm(even, vmin=0, vmax=max(2 * even, numbers.max()))
+        image = axis.imshow(numbers, cmap='PuOr_r', norm=norm, aspect='auto')
+        figure.colorbar(image, label=f'share (even: {even:.3g})')
+        names = [f'layer {layer} {domain}' for layer, of in share.items() for domain in of]
+        axis.set_yticks(range(len(names)), names)
+        axis.set(xlabel=f'expert of {name}')
+    return figure
+
+
+def draw_balance(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
     """What the balance loss changes: itself, and the share of the busiest expert."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout='constrained')
-    lines(left, rows, ['top1', 'no_balance'], lambda row: row['balance'])
-    left.set_title('balance loss, which one of them ignores')
-    lines(right, rows, ['top1', 'no_balance'],
-          lambda row: [[step, max(most.values())] for step, most in row['most']])
-    right.set_title("the busiest expert's share of the tokens")
-    right.set_ylim(0, 1)
-    figure.savefig(path)
-
-
-def draw_experts(rows: list[dict], path: str) -> None:
-    """The share of each domain's tokens that each expert of top1 gets, of its first seed."""
-    share = next(row['share'] for row in rows if row['arm'] == 'top1')
-    names = [f'layer {layer} {domain}' for layer, of in share.items() for domain in of]
-    shares = [shares for of in share.values() for shares in of.values()]
-    figure, axis = plt.subplots(figsize=(6, 0.25 * len(names) + 1), layout='constrained')
-    image = axis.imshow(shares, cmap='viridis', vmin=0, aspect='auto')
-    figure.colorbar(image)
-    axis.set_yticks(range(len(names)), names)
-    axis.set(xlabel='expert', title="share of a domain's tokens (top1)")
-    figure.savefig(path)
+    if not {'top1', 'no_balance'} <= set(found):
+        return None
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
+    labels = 'balance loss', "the busiest expert's share of the tokens"
+    for axis, column, what in zip(axes, (1, 2), labels):
+        ends = []
+        for name, colour in zip(('top1', 'no_balance'), COLOURS):
+            series = np.array([row['balance'] for row in found[name].rows])             # (seeds, points, 3)
+            steps, numbers = series[0, :, 0], series[:, :, column]
+            axis.fill_between(steps, numbers.min(axis=0), numbers.max(axis=0), color=colour, alpha=0.2, lw=0)
+            axis.plot(steps, numbers.mean(axis=0), color=colour)
+            ends.append((steps[-1], numbers.mean(axis=0)[-1], name, colour))
+        axis.set(xlabel='step', ylabel=what, ylim=(1, None) if column == 1 else (0, 1))
+        label_ends(axis, ends)
+    return figure
 
 
 def draw(cfg: Config) -> None:
-    """Draws the three pictures of one comparison."""
+    """Draws the pictures of one comparison."""
     if plt is None:
         die('pictures need matplotlib: pip install matplotlib, then the same command')
-    rows = choose_rows(cfg)
+    rows = read_rows(cfg.results)
+    of = choose(cfg, rows)
+    found, _ = results(rows, rows, of)
+    times = pick(read_rows(cfg.times, TIME_KEY), scale=of['scale'], tokens=of['tokens'])
+    if 'twin' not in found:
+        die(f'pictures show arms beside their twin; python -m study.experiment --scale={cfg.scale} --arms=twin runs it')
+    clocked, _ = by_clock(rows, rows, times, of, found)
     plt.rcParams.update(dict.fromkeys(GREY, 'grey'))
-    plt.rcParams.update({'savefig.transparent': True, 'savefig.dpi': 150, 'font.size': 9})
-    pictures = {'losses': draw_losses, 'balance': draw_balance, 'experts': draw_experts}
-    for name, picture in pictures.items():
-        path = os.path.join(cfg.folder, f'{cfg.scale}_{name}.png')
+    plt.rcParams.update({'savefig.transparent': True, 'font.size': 9, 'svg.hashsalt': 'always the same ids',
+                         'axes.spines.top': False, 'axes.spines.right': False})
+    figures = {'arms': draw_arms(found, cfg), 'lead': draw_lead(found, cfg),
+               'clock': draw_clock(found, clocked, times, cfg), 'experts': draw_experts(found, cfg),
+               'balance': draw_balance(found, cfg)}
+    for name, figure in figures.items():
+        path = os.path.join(cfg.folder, f'{cfg.scale}_{name}.svg')
+        if figure is None:
+            print(f'{path} is left out: its rows are not there')
+            continue
         try:
             os.makedirs(cfg.folder or '.', exist_ok=True)
-            picture(rows, path)
+            figure.savefig(path, metadata={'Date': None})
         except OSError as error:
             die(f'{path} cannot be written ({error}); name another --folder')
         print(f'drew {path}')

@@ -1,18 +1,22 @@
-"""Does upcycling win? Arms that differ in one setting: same parent, same sequences, same schedule.
+"""Does upcycling win? Arms beside their dense twin: same parent, text, steps and seed, each at its best rate.
 
-    python -m study.experiment                          dense twin, top-1, top-2, no balance loss
-    python -m study.experiment --arms=all --seeds=0     every arm, once
-    python -m study.experiment --scale=gpt2 --init_from=gpt2        GPT-2 itself, on a GPU
-    python -m study.experiment --table                  the results as tables; study.draw draws them
+    python -m study.experiment                                  the tiny core once more, into a file of its own
+    python -m study.experiment --arms=top1,hash_all             brackets each arm's rate with seed 0, then all seeds
+    python -m study.experiment --arms=twin --rates=0.5,1,2      at these rates alone, times the scale's own
+    python -m study.experiment --time --arms=top1,hash_all      ms per step beside the twin, on a quiet machine
+    python -m study.experiment --arms=twin --clock=hash_all     the twin with the steps that hash_all's time allows
+    python -m study.experiment --scale=gpt2 --init_from=gpt2    GPT-2 itself, on a GPU
+    python -m study.experiment --table                          the rows as tables; study.draw draws them
 
-Typed again it runs what is missing and goes on where it was stopped. A run adds its row to
---results, then its checkpoint is deleted; best.pt stays for sample.py. The tiny scale uses one
-thread: another number is another run.
+Typed again it runs what is missing and goes on where it was stopped. Several programs may run at once. A run
+adds its row to --results, then its checkpoints are deleted. The small scales use one thread: another number is
+another run.
 """
 
 import fcntl
+import gc
 import hashlib
-import json
+import math
 import os
 import platform
 import re
@@ -20,60 +24,83 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
-from operator import itemgetter
-from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean
 from typing import NamedTuple
 
 if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import train            # before torch: it says how threads wait for one another
 import numpy as np
 import torch
 
 import runs
-import train
 from config import configure, die
-from model import MoE, load_balance_loss
+from model import GPT, GPTConfig, MoE, load_balance_loss
 from prepare import load_data
-from study import routers
-from study.learned import KINDS, WHAT, learned
+from study import bench, controls, routers
+from study.learned import Entropy, learned
+from study.rows import (COMMITTED, COUNTS, SHORT, TIME_KEY, add_row, best_rate, next_rate, pick, ratios, read_rows,
+                        tables, tried)
 
-PARENT, BETTER_PARENT = 'out/experiment/parent', 'out/experiment/better_parent'
-TINY_DENSE = ['config/tiny_dense.py', '--device=cpu']
-SCALES = {      # what the arms change, as train.py's arguments
-    'tiny': ['config/tiny.py', '--device=cpu', '--experts_per_token=1', f'--init_from={PARENT}',
-             '--save_interval=500'],
-    'gpt2': ['config/moe_gpt2.py', '--init_from=out/parent_gpt2', '--batch_size=8',
-             '--grad_accum_steps=1', '--max_steps=2000', '--learning_rate=3e-4', '--precision=tf32',
-             '--eval_windows=96', '--save_interval=2000']}
-PARENTS = {     # what trains a parent that is not there yet
-    PARENT: [*TINY_DENSE, f'--out_dir={PARENT}'],
-    BETTER_PARENT: [*TINY_DENSE, '--max_steps=2000', f'--out_dir={BETTER_PARENT}'],
-    'out/parent_gpt2': ['config/parent_gpt2.py']}
-COMPARISON = 'scale', 'init_from', 'data_dir', 'data'       # the keys that a table's rows share
-LEARNED = ['top1', 'top2', 'no_balance', 'frozen_router', 'by_token']   # in the table of choices
+CORE, CORE_ROWS = 'twin,top1,top2,sliced_ngram_all', 'out/experiment/core.json'
+LEARNED = {     # arms of which a row says what their mixtures chose
+    'top1', 'top1_all', 'top2', 'top2_all', 'sliced4_all', 'balanced_all', 'sliced_balanced4_all', 'sliced_ngram_all'}
+
+
+class Scale(NamedTuple):
+    """What a scale's parents and arms are, as train.py's arguments. Both have the same dropout."""
+    parents: str                # the name of its parents
+    parent: list[str]
+    arms: list[str]
+
+
+TINY = ['--device=cpu', '--dropout=0.0', '--eval_interval=50', '--save_interval=500']
+TOKENS = ['--data_dir=data/tokens4096', '--vocab_size=4096']
+GPT2 = ['--precision=bf16', '--dispatch=grouped', '--cuda_graph=True', '--dropout=0.1']
+GPT2_PARENT = ['config/parent_gpt2.py', *GPT2, '--data_dir=data/large_parent', '--batch_size=32',
+               '--grad_accum_steps=2', '--max_steps=3000', '--eval_interval=1000', '--save_interval=1000']
+GPT2_ARMS = ['config/moe_gpt2.py', *GPT2, '--batch_size=8', '--grad_accum_steps=1', f'--max_steps={SHORT["gpt2"]}',
+             '--learning_rate=6e-4', '--eval_windows=96', '--eval_interval=250', '--save_interval=2000']
+TINY_ARMS = ['config/tiny.py', *TINY, '--experts_per_token=1', '--learning_rate=4e-3']
+SCALES = {
+    'tiny': Scale('tiny', ['config/tiny_dense.py', *TINY], TINY_ARMS),
+    'tokens': Scale('tokens', ['config/tiny_dense.py', *TINY, *TOKENS], [*TINY_ARMS, *TOKENS]),
+    'gpt2': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/large_rest']),
+    'gpt2_domains': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/corpus'])}
 
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # tiny (CPU) or gpt2 (GPU)
-    arms: str = 'twin,top1,top2,no_balance'     # which to run; all is every one
-    seeds: tuple[int, ...] = (0, 1, 2)          # of each arm
-    init_from: str = ''         # the parent; '' is the scale's own, trained first if it is not there
-    data_dir: str = ''          # '' is the scale's own
-    results: str = 'study/results.json'         # where the rows are
+    scale: str = 'tiny'         # tiny, tokens (CPU), gpt2, gpt2_domains (GPU)
+    arms: str = ''              # which, by comma; all is every one; '' is the core once more
+    seeds: tuple[int, ...] = (0, 1, 2)      # of each arm and its parent
+    rates: str = ''             # learning rates by comma, times the scale's own; '' is the best, bracketed first
+    steps: int = 1              # times the scale's own
+    batch: int = 0              # sequences in a step; 0 is the scale's own
+    parent: str = ''            # longer: trained four times as long; '' is the scale's own
+    init_from: str = ''         # a parent that is there, such as gpt2
+    data_dir: str = ''          # the arms' text; '' is the scale's own
+    clock: str = ''             # twin runs as many steps as this arm's time allows
+    time: bool = False          # measure ms per step and run nothing else
     table: bool = False         # print the tables and run nothing
+    results: str = COMMITTED    # where the rows are
+    times: str = 'study/times.json'         # where the ms per step are
 
     def __post_init__(self):
         check_scale(self.scale)
-        if not self.seeds:
-            raise ValueError('seeds must be at least one, such as 0,1,2')
+        if not self.seeds or self.steps < 1 or self.batch < 0 or self.parent not in ('', 'longer'):
+            raise ValueError('seeds must be at least one, steps at least 1, batch at least 0, and parent longer '
+                             "or ''")
         for seed in self.seeds:
             train.Config(seed=seed)             # raises for one that no run can have
+        for rate in filter(None, self.rates.split(',')):
+            if not 0 < float(rate) < math.inf:
+                raise ValueError(f'rates must be numbers above 0, not {rate}')
 
 
 def check_scale(scale: str) -> None:
@@ -82,275 +109,288 @@ def check_scale(scale: str) -> None:
         raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {scale!r}')
 
 
-def base_config(scale: str, init_from: str = '', data_dir: str = '') -> train.Config:
-    """What the arms of a comparison change. '' is the scale's own."""
-    base = configure(train.Config, SCALES[scale])[0]
-    return replace(base, init_from=init_from or base.init_from, data_dir=data_dir or base.data_dir)
-
-
 # The arms
 
 class Arm(NamedTuple):
     """One way to go on from the parent."""
-    change: dict                        # in the comparison's config
-    against: tuple[str, ...] = ()       # the arms that it is compared with
-    mixture: type[MoE] = MoE            # its router
-    step_balance: bool = False          # the balance loss counts over the whole step
+    change: dict = {}                           # in the scale's config
+    mixture: type[MoE] = MoE                    # its router
+    model: Callable[[GPTConfig], GPT] | None = None     # instead of a model with that mixture
+
+    @property
+    def build(self) -> Callable[[GPTConfig], GPT]:
+        return self.model or partial(routers.build, mixture=self.mixture)
 
     def __str__(self) -> str:
         said = [f'{key}={value}' for key, value in self.change.items()]
-        if self.mixture is not MoE:
-            said.append(f'mixture={self.mixture.__name__}')
-        if self.step_balance:
-            said.append('step_balance=True')
-        return ' '.join(said)
+        what = self.model or self.mixture
+        return ', '.join(said + [what.__name__] * (what is not MoE)) or 'the mixture as it is'
 
 
 def arms(base: train.Config) -> dict[str, Arm]:
-    """Every arm of a comparison. What changes one thing in top1 or top2 is compared with it first."""
-    layers, steps, lr = base.n_layer, base.max_steps, base.learning_rate
-    half, double = {'learning_rate': lr / 2}, {'learning_rate': 2 * lr}
-    longer, better = {'max_steps': 3 * steps}, {'init_from': BETTER_PARENT}
-    dense, two = {'moe_layers': ()}, {'experts_per_token': 2}
-    quarters = {'batch_size': base.batch_size * base.grad_accum_steps // 4, 'grad_accum_steps': 4}
-    every_second = tuple(range(1, layers, 2))
-    of_top1, of_top2, of_twin = ('top1', 'twin'), ('top2', 'twin'), ('twin',)
-    table = {
-        'twin': Arm(dense),
-        'top1': Arm({}, of_twin),
-        'top2': Arm(two, of_twin),
-        # one thing changed
-        'no_balance': Arm({'balance_coef': 0.0}, of_top1),
-        'frozen_router': Arm({}, of_top1, routers.Frozen),
-        'by_token': Arm({}, of_top1, routers.ByToken),
-        'scaled': Arm({}, of_top1, routers.Scaled),
-        'experts4': Arm({'n_experts': base.n_experts // 2}, of_top1),
-        'experts16': Arm({'n_experts': 2 * base.n_experts}, of_top1),
-        'last_half': Arm({'moe_layers': tuple(range(layers // 2, layers))}, of_top1),
-        'every_second': Arm({'moe_layers': every_second}, of_top1),
-        'all_layers': Arm({'moe_layers': tuple(range(layers))}, of_top1),
-        'no_router_noise': Arm({'router_noise': 0.0}, of_top1),
-        'no_expert_noise': Arm({'expert_noise': 0.0}, of_top1),
-        'twin_1.25_steps': Arm(dense | {'max_steps': round(1.25 * steps)}, of_top1),
-        'quarters': Arm(quarters, of_top1),
-        'top2_frozen_router': Arm(two, of_top2, routers.Frozen),
-        'top2_of_2': Arm(two | {'n_experts': 2}, of_top2),              # no choice: a wider MLP
-        'step_balance': Arm(quarters, ('quarters',), step_balance=True),
-        # other settings, each with a twin of its own
-        'twin_half_lr': Arm(dense | half, of_twin),
-        'top1_half_lr': Arm(half, ('twin_half_lr',)),
-        'top2_half_lr': Arm(two | half, ('twin_half_lr',)),
-        'by_token_half_lr': Arm(half, ('twin_half_lr',), routers.ByToken),
-        'twin_double_lr': Arm(dense | double, of_twin),
-        'top1_double_lr': Arm(double, ('twin_double_lr',)),
-        'top2_double_lr': Arm(two | double, ('twin_double_lr',)),
-        'by_token_double_lr': Arm(double, ('twin_double_lr',), routers.ByToken),
-        'twin_three_times': Arm(dense | longer, of_twin),
-        'top1_three_times': Arm(longer, ('twin_three_times',)),
-        'top2_three_times': Arm(two | longer, ('twin_three_times',)),
-        'by_token_three_times': Arm(longer, ('twin_three_times',), routers.ByToken),
-        'twin_better_parent': Arm(dense | better, of_twin),
-        'top1_better_parent': Arm(better, ('twin_better_parent',)),
-        'top2_better_parent': Arm(two | better, ('twin_better_parent',)),
-        'by_token_better_parent': Arm(better, ('twin_better_parent',), routers.ByToken),
-        # other routers
-        'hash': Arm({}, of_top1, routers.Hash),
-        'balanced_hash': Arm({}, of_top1, routers.BalancedHash),
-        'bigram': Arm({}, of_top1, routers.Bigram),
-        'bias_balanced': Arm({'balance_coef': 0.0}, of_top1, routers.BiasBalanced),
-        'reads_embedding': Arm({}, of_top1, routers.ReadsEmbedding),
-        'shared_parent': Arm({}, of_top1, routers.SharedParent),
-        'sliced': Arm({}, of_top1, routers.Sliced),
-        'sliced_ngram': Arm({}, of_top1, routers.SlicedNGram)}
-    if base.moe_layers == every_second:                                 # then it is top1
-        del table['every_second']
-    if base.init_from != PARENT:                                        # it has no better one
-        table = {name: arm for name, arm in table.items() if not name.endswith('better_parent')}
-    return table
+    """Every arm of a scale: mixtures in the scale's own layers, and in all of them by the name with _all."""
+    two, dense = {'experts_per_token': 2}, {'moe_layers': ()}
+    unbalanced, everywhere = {'balance_coef': 0.0}, {'moe_layers': tuple(range(base.n_layer))}
+    mixtures = {
+        'top1': Arm(),
+        'top2': Arm(two),
+        'top2_of_2': Arm(two | {'n_experts': 2}),               # no choice: a wider MLP
+        'no_balance': Arm(unbalanced),
+        # learned routers and other experts
+        'frozen': Arm({}, routers.Frozen),
+        'frozen_top2': Arm(two, routers.Frozen),
+        'slow_router': Arm({}, routers.SlowRouter),
+        'embedding': Arm({}, routers.ReadsEmbedding),
+        'embedding_top2': Arm(two, routers.ReadsEmbedding),
+        'bias_balanced': Arm(unbalanced, routers.BiasBalanced),
+        'bias_balanced_top2': Arm(two | unbalanced, routers.BiasBalanced),
+        'mean_expert': Arm({}, routers.MeanExpert),
+        'slow_experts': Arm({}, routers.SlowExperts),
+        'dropped': Arm({}, routers.Dropped),
+        'dropped_top2': Arm(two, routers.Dropped),
+        'shared': Arm({}, routers.SharedParent),
+        # hashes
+        'by_token': Arm({}, routers.ByToken),
+        'hash': Arm({}, routers.Hash),
+        'balanced': Arm({}, routers.BalancedHash),
+        'shared_balanced': Arm({}, routers.SharedBalanced),
+        'two_hashes': Arm(two, routers.TwoHashes),
+        'gated': Arm({}, routers.GatedHash),
+        'bigram': Arm({}, routers.Bigram),
+        'trigram': Arm({}, routers.Trigram),
+        # slices
+        'sliced2': Arm({}, routers.Sliced2),
+        'sliced4': Arm({}, routers.Sliced4),
+        'sliced8': Arm({}, routers.Sliced8),
+        'sliced_frozen': Arm({}, routers.SlicedFrozen),
+        'sliced_balanced2': Arm({}, routers.SlicedBalanced2),
+        'sliced_balanced4': Arm({}, routers.SlicedBalanced4),
+        'sliced_balanced8': Arm({}, routers.SlicedBalanced8),
+        'sliced_ngram': Arm({}, routers.SlicedNGram),
+        'sliced_ngram1212': Arm({}, routers.SlicedNGram1212),
+        'sliced_ngram2222': Arm({}, routers.SlicedNGram2222)}
+    in_all = {f'{name}_all': arm._replace(change=arm.change | everywhere) for name, arm in mixtures.items()}
+    return ({'twin': Arm(dense)} | mixtures | in_all |
+            {'ngram_embedding': Arm(dense, model=controls.NGramEmbedding), COUNTS: Arm(dense)})
 
 
-# One run, and its row
+# Runs
 
-def read_rows(path: str) -> list[dict]:
-    """The rows so far, none if there is no such file."""
-    try:
-        with open(path, encoding='utf-8') as f:
-            rows = json.load(f)
-        if type(rows) is not list or not all({*COMPARISON, 'arm', 'seed'} <= set(row) for row in rows):
-            raise ValueError('it holds other things than rows')
-        return rows
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, TypeError) as error:
-        die(f'{path} cannot be read ({error}); take the last one from git, or name another --results')
+class Study:
+    """A comparison as the command line names it, and what runs it. Raises runs.Stopped."""
+
+    def __init__(self, cfg: Config, stop: list[int]):
+        self.cfg, self.stop, scale = cfg, stop, SCALES[cfg.scale]
+        base = configure(train.Config, scale.arms)[0]
+        if cfg.batch:                           # more than 32 sequences in micro-batches of 32, of every arm
+            size = math.gcd(cfg.batch, 32) if cfg.batch > 32 else cfg.batch
+            base = replace(base, batch_size=size, grad_accum_steps=cfg.batch // size)
+        self.base = replace(base, data_dir=cfg.data_dir or base.data_dir)
+        self.arms = arms(base)
+        meta, _ = load_data(self.base.data_dir, base.block_size)
+        self.of = {'scale': cfg.scale, 'data': fingerprint(meta), 'parent': cfg.init_from or cfg.parent or 'own',
+                   'tokens': base.batch_size * base.grad_accum_steps * base.block_size}
+        self.clock_steps = 0                    # of the twin by the clock
+        if cfg.clock:
+            ratio = ratios(read_rows(cfg.times, TIME_KEY), self.of).get(cfg.clock)
+            if not ratio:
+                die(f'{cfg.times} has no time of {cfg.clock}; add --time --arms={cfg.clock}, without --clock')
+            self.clock_steps = round(base.max_steps * cfg.steps * ratio)
+        if base.device == 'cpu':
+            torch.set_num_threads(1)
+
+    def known(self) -> list[dict]:
+        """The committed rows, then these: other programs may have added some meanwhile."""
+        return read_rows(COMMITTED) + read_rows(self.cfg.results)
+
+    def parent(self, seed: int) -> str:
+        """Where the parent of a seed is; trains it if it is not there. Another program may be at it."""
+        if self.cfg.init_from:
+            return self.cfg.init_from
+        scale, longer = SCALES[self.cfg.scale], self.cfg.parent == 'longer'
+        folder = f'out/experiment/{scale.parents}_{self.cfg.parent or "parent"}_{seed}'
+        cfg, explicit = configure(train.Config, [*scale.parent, f'--seed={seed}', f'--out_dir={folder}'])
+        with Held(folder, self.stop):
+            train.train(replace(cfg, max_steps=cfg.max_steps * (4 if longer else 1)), explicit, stop=self.stop)
+        return folder
+
+    def settle(self, name: str, steps: int) -> float:
+        """An arm's best rate, bracketed first where it is not yet."""
+        steps = SHORT.get(self.cfg.scale, steps)
+        while rate := next_rate(losses := tried(self.known(), self.of | {'steps': steps}, name),
+                                self.base.learning_rate):
+            self.ensure(name, steps, rate, 0)
+        return best_rate(losses)[0]
+
+    def ensure(self, name: str, steps: int, lr: float, seed: int, sha: str = '') -> None:
+        """Runs an arm unless its row is there (with sha: a row from the parent of that checksum)."""
+        key = self.of | {'steps': steps, 'arm': name, 'lr': lr, 'seed': seed}
+        there = key | ({'sha256': sha} if sha else {})
+        if pick(read_rows(self.cfg.results), **there):
+            print(f'{self.cfg.results} has', *key.values())
+            return
+        parent = self.parent(seed)
+        self.same_parent(name, steps, seed, parent_hash(parent))
+        folder = 'out/experiment/' + re.sub(r'[^\w.]+', '_', '_'.join(map(str, key.values())))
+        with Held(folder, self.stop):
+            if pick(read_rows(self.cfg.results), **there):          # another program has just added it
+                return
+            print('---', *key.values())
+            base = replace(self.base, seed=seed, out_dir=folder, init_from=parent, learning_rate=lr,
+                           max_steps=steps,
+                           eval_interval=self.base.eval_interval * max(1, round(steps / self.base.max_steps)))
+            row = run(self.arms[name], base, name in LEARNED, self.stop)
+            add_row(self.cfg.results, key | self.origin(name, steps, lr, seed) | row)
+            shutil.rmtree(folder)
+
+    def same_parent(self, name: str, steps: int, seed: int, sha: str) -> None:
+        """Where an arm's twin (of a twin by the clock: the arm) has rows of this seed, but from a parent that
+        another machine trained, it runs again from this one: only so can they be compared."""
+        partner = 'twin' if name != 'twin' else self.cfg.clock if steps == self.clock_steps else ''
+        steps = steps if name != 'twin' else self.base.max_steps * self.cfg.steps
+        theirs = pick(read_rows(self.cfg.results), **self.of, steps=steps, arm=partner, seed=seed)
+        if sha and theirs and not pick(theirs, sha256=sha):
+            self.ensure(partner, steps, self.settle(partner, steps), seed, sha)
+
+    def origin(self, name: str, steps: int, lr: float, seed: int) -> dict:
+        """What a row says of where it comes from."""
+        clock = self.cfg.clock if name == 'twin' and steps == self.clock_steps else ''
+        flags = {'arms': name, 'rates': f'{lr / self.base.learning_rate:g}', 'seeds': seed, 'clock': clock,
+                 'steps': self.cfg.steps if clock else steps // self.base.max_steps}
+        flags |= {key: getattr(self.cfg, key) for key in ('batch', 'parent', 'init_from', 'data_dir')}
+        said = ' '.join(f'--{key}={value}' for key, value in flags.items() if value != getattr(Config, key))
+        return {'command': f'python -m study.experiment --scale={self.cfg.scale} {said}', 'commit': commit(),
+                'clock': clock, 'what': str(self.arms[name.removesuffix('_all')])}
+
+    def count(self) -> None:
+        """The row of a model that counts n-grams: its loss on the same windows."""
+        _, data = load_data(self.base.data_dir, self.base.block_size)
+        steps = self.base.max_steps * self.cfg.steps                # of the table in which it stands
+        key = self.of | {'steps': steps, 'arm': COUNTS, 'lr': 0.0, 'seed': 0, 'sha256': ''}
+        row = controls.ngram_model(data, self.base) | {'machine': machine('cpu')}
+        add_row(self.cfg.results, key | self.origin(COUNTS, steps, 0.0, 0) | row)
+
+    def time(self, names: list[str]) -> None:
+        """Adds the ms per step of each arm to --times, the twin beside it: the two take turns."""
+        base = replace(self.base, init_from=self.parent(0))
+        for name in names:
+            if self.stop:
+                raise runs.Stopped
+            device = runs.set_up_device(base)
+            calls = {each: a_step(self.arms[each], base, device) for each in dict.fromkeys(('twin', name))}
+            ms = bench.interleave(calls, 20, device)
+            row = {'scale': self.cfg.scale, 'tokens': self.of['tokens'], 'arm': name, 'ms': round(ms[name], 3),
+                   'twin_ms': round(ms['twin'], 3), 'machine': machine(device), 'commit': commit()}
+            print(*row.values())
+            add_row(self.cfg.times, row, TIME_KEY)
+            calls.clear()
+            free()
 
 
-def add_row(path: str, row: dict) -> None:
-    """Adds a row, a line of the file, in place of an older one. Several programs may do so."""
-    folder = os.path.dirname(path) or '.'
-    os.makedirs(folder, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    key = itemgetter(*COMPARISON, 'arm', 'seed')
-    rows = [old for old in read_rows(path) if key(old) != key(row)]
-    lines = [json.dumps(each) for each in sorted([*rows, row], key=key)]
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.write('[\n' + ',\n'.join(lines) + '\n]\n')
-    os.replace(path + '.tmp', path)
-    os.close(lock)
+class Held:
+    """A folder that other programs of this kind wait for. (Its own lock would end them.)"""
+
+    def __init__(self, folder: str, stop: list[int]):
+        self.path, self.stop = folder + '.lock', stop
+
+    def __enter__(self) -> None:
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        self.file = os.open(self.path, os.O_CREAT | os.O_RDWR)
+        while True:
+            try:
+                return fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if self.stop:
+                    raise runs.Stopped from None
+                time.sleep(0.5)
+
+    def __exit__(self, *error) -> None:
+        os.close(self.file)
 
 
-def run(arm: Arm, base: train.Config, stop: list[int]) -> dict:
-    """Trains one arm to its end and returns what its row says. Raises runs.Stopped."""
+def a_step(arm: Arm, base: train.Config, device: str) -> Callable[[], None]:
+    """An optimizer step of train.py, as an arm begins. The learning rate is 0, so all repetitions see the same."""
+    _, data = load_data(base.data_dir, base.block_size)
+    start = runs.new_run(replace(base, **arm.change), set(arm.change), data['train'], arm.build)
+    cfg, model = start.cfg, start.model
+    runs.set_up_model(model, cfg, device)
+    optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), lr=0.0, fused=True)
+    work = partial(train.micro_batch, model, cfg, load_balance_loss)
+    if cfg.cuda_graph:
+        from scale.graph import record
+        work, _ = record(work, model)
+
+    def step() -> None:
+        parts = range(cfg.grad_accum_steps)
+        _, counts = train.gradients(model, data['train'], cfg, 0, 0.0, device, parts, work)
+        float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
+        optimizer.step()
+        for moe, count in zip(model.mixtures().values(), counts):
+            moe.after_step(count)
+    return step
+
+
+def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
+    """Trains one arm to its end and returns what its row says; look: also what its mixtures choose."""
     cfg = replace(base, **arm.change)
-    build = partial(routers.build, mixture=arm.mixture)
-    balance_loss = load_balance_loss
-    if arm.step_balance:
-        balance_loss = routers.StepBalance(cfg.grad_accum_steps)
+    calls = cfg.max_steps * cfg.grad_accum_steps
+    entropy = Entropy(load_balance_loss, cfg.n_experts, max(1, (calls - 1) // 5))
     device = runs.pick_device(cfg.device)
-    memory, where = 0.0, f'{device.upper()}, {torch.get_num_threads()} threads'
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats()
-    last = train.train(cfg, set(arm.change), build, balance_loss, stop)
-    if device.startswith('cuda'):
-        memory, where = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.get_device_name()
-
+    # under a CUDA graph it could not be read: that would wait for the device
+    last = train.train(cfg, set(arm.change), arm.build, load_balance_loss if cfg.cuda_graph else entropy, stop)
     ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
     saved = runs.load(ckpt)
     if any(getattr(cfg, key) != value for key, value in saved['split'].items()):
         die(f'{cfg.out_dir} ran out of memory and split its batch, which makes it another arm; '
             'use a larger GPU')
-    model = runs.restore(saved, ckpt, build).to(device)
-    meta, data = load_data(cfg.data_dir, cfg.block_size)
-    losses, _ = train.evaluate(model, data['val'], cfg, device)
+    model = runs.restore(saved, ckpt, arm.build).to(device)
     log = runs.read_log(cfg.out_dir)
-    steps = [row for row in log if 'seconds' in row]
     evaluations = [row for row in log if 'val' in row]
-    most = []                           # the busiest expert's share of each layer
-    for row in evaluations:
-        shares = {layer: np.mean(list(of.values()), axis=0) for layer, of in row['share'].items()}
-        most.append([row['step'], {layer: round(float(s.max()), 4) for layer, s in shares.items()}])
+    balance = []                        # with the busiest expert's share of the tokens in the fullest layer
+    for each in evaluations[:-1]:
+        shares = [max(np.mean(list(of.values()), axis=0)) for of in each['share'].values()]
+        balance += [[each['step'], round(each['balance'], 4), round(max(shares), 4)]] if shares else []
     total, active = model.count_parameters()
-    return {'config': saved['config'],
-            'val_mean': last['val_mean'], 'val': last['val'], 'share': last['share'],
-            'machine': f'{where}, torch {torch.__version__}, Python {platform.python_version()}',
-            'parent': saved['parent'] and saved['parent']['sha256'],
-            'parameters': total, 'active': active, 'memory_gb': round(memory, 2),
-            'step_ms': 1000 * median(row['seconds'] for row in steps),
-            'seconds': cfg.max_steps * fmean(row['seconds'] for row in steps),
-            'balance': [[row['step'], round(row['balance'], 4)] for row in steps],
-            'val_at': [[row['step'], row['val']] for row in evaluations],
-            'most': most,
-            'windows': {domain: [round(x, 4) for x in each] for domain, each in losses.items()},
-            'learned': learned(model, cfg, meta, data['val'], device)}
+    row = {'sha256': saved['parent']['sha256'], 'val_mean': last['val_mean'], 'val': last['val'],
+           'val_at': [[row['step'], round(row['val_mean'], 4)] for row in evaluations],
+           'balance': balance, 'parameters': total, 'active': active, 'machine': machine(device),
+           'seconds': round(cfg.max_steps * fmean(row['seconds'] for row in log if 'seconds' in row), 1)}
+    if look:
+        meta, data = load_data(cfg.data_dir, cfg.block_size)
+        row |= {'share': {layer: {domain: np.round(shares, 4).tolist() for domain, shares in of.items()}
+                          for layer, of in last['share'].items()},
+                # none of a run that was cut and went on, nor of a mixture without a router
+                'entropy': entropy.noted if entropy.calls == calls and 'router' in str([*model.state_dict()]) else [],
+                'learned': learned(model, cfg, meta, data['val'], device)}
+    del model
+    free()
+    return row
 
 
-# The tables
-
-def difference(rows: list[dict], others: list[dict], name: str) -> str:
-    """Mean of rows' loss less that of others, which are called name.
-
-    Paired by seed and window, domains weighing the same. With it comes the interval that holds 95%
-    of a bootstrap over these seeds and windows. Says so if the parent is another one.
-    """
-    same_seed = [(row, other) for row in rows for other in others if row['seed'] == other['seed']]
-    pairs = [(row, other) for row, other in same_seed if row['parent'] == other['parent']]
-    if not pairs:
-        return f'another parent than {name}' if same_seed else ''
-    rng, means, drawn = np.random.default_rng(0), [], []
-    seeds = rng.integers(len(pairs), size=(1000, len(pairs), 1))
-    for domain in pairs[0][0]['windows']:
-        d = np.array([np.subtract(row['windows'][domain], other['windows'][domain])
-                      for row, other in pairs])                         # (seeds, windows)
-        windows = rng.integers(d.shape[1], size=(1000, 1, d.shape[1]))
-        means.append(d.mean())
-        drawn.append(d[seeds, windows].mean(axis=(1, 2)))
-    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    return f'{np.mean(means):+.4f} ({low:+.4f} to {high:+.4f}) to {name}'
+def free() -> None:
+    """A GPU's memory of what is gone, graphs and all."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ['---'] * len(head), *body]
-    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
+def machine(device: str) -> str:
+    where = f'CPU, {torch.get_num_threads()} threads'
+    if device.startswith('cuda'):
+        where = torch.cuda.get_device_name()
+    return f'{where}, torch {torch.__version__}, Python {platform.python_version()}'
 
 
-def by_arm(rows: list[dict]) -> dict[tuple, dict[str, list[dict]]]:
-    """{comparison: {arm: its rows, maybe none}}, every arm of each comparison in its order."""
-    keys = itemgetter(*COMPARISON)
-    found = {}
-    for comparison in sorted({keys(row) for row in rows}, reverse=True):
-        names = arms(base_config(*comparison[:3]))
-        theirs = [row for row in rows if keys(row) == comparison]
-        found[comparison] = {name: [row for row in theirs if row['arm'] == name] for name in names}
-    return found
-
-
-def result_cells(name: str, arm: Arm, found: dict[str, list[dict]]) -> list[str]:
-    """An arm's line of the results."""
-    rows = found[name]
-    first, losses = rows[0], [row['val_mean'] for row in rows]
-    spread = f' ± {stdev(losses):.4f}' if len(rows) > 1 else ''
-    differences = [difference(rows, found[other], other) for other in arm.against]
-    return [name, str(arm), str(len(rows)), f'{fmean(losses):.4f}{spread}',
-            *(f'{fmean(row["val"][domain] for row in rows):.3f}' for domain in first['val']),
-            '<br>'.join(filter(None, differences)),
-            f'{min(row["step_ms"] for row in rows):.0f}',
-            f'{first["memory_gb"] or "-"}',
-            *(f'{first[key] / 1e6:.1f}' for key in ('parameters', 'active'))]
-
-
-def learned_cells(name: str, layer: str, rows: list[dict]) -> list[str]:
-    """A mixture's line of what its choices tell."""
-    cells, facts = [name, layer], [row['learned'][layer] for row in rows]
-    for what in WHAT:
-        bits, shuffled = np.mean([fact[what] for fact in facts], axis=0)
-        cells.append(f'{bits:.2f} ({shuffled:.2f})')
-    for kind in KINDS:
-        cells.append(f'{fmean(max(fact["shares"].get(kind, [0])) for fact in facts):.0%}')
-    return cells
-
-
-def tables(rows: list[dict]) -> str:
-    """Every comparison's results, and what its experts learned."""
-    parts = []
-    for comparison, found in by_arm(rows).items():
-        scale, init_from, data_dir, data = comparison
-        table = arms(base_config(scale, init_from, data_dir))
-        there = {name: of for name, of in found.items() if of}
-        every = [row for of in there.values() for row in of]
-        hours = sum(row['seconds'] for row in every) / 3600
-        machines = '; '.join(sorted({row['machine'] for row in every}))
-        results = [result_cells(name, table[name], found) for name in there]
-        bits = [learned_cells(name, layer, there[name])
-                for name in LEARNED if name in there for layer in there[name][0]['learned']]
-        parts += [
-            f'**{scale}, from `{init_from}`, on `{data_dir}` ({data}):** {len(every)} runs, '
-            f'{hours:.1f} hours of steps; {machines}',
-            markdown(['arm', 'what it changes', 'seeds', 'validation loss', *every[0]['val'],
-                      'difference', 'ms/step', 'GB', 'M parameters', 'M active'], results)]
-        if bits:
-            parts += [
-                'Bits that the first choice tells of domain, token and, in code, kind of Python '
-                'token (in brackets: of shuffled choices), and the share of the busiest expert among '
-                'the tokens of each kind:',
-                markdown(['arm', 'layer', *WHAT, *KINDS], bits)]
-    return '\n\n'.join(parts)
-
-
-def not_run(rows: list[dict]) -> str:
-    """What of three seeds of each arm has no row."""
-    lines = []
-    for comparison, found in by_arm(rows).items():
-        missing = [f'{name} ({3 - len(of)} of 3 seeds)' if of else name
-                   for name, of in found.items() if len(of) < 3]
-        lines.append(f'Not run, {", ".join(comparison)}: {", ".join(missing) or "nothing"}.')
-    return '\n\n'.join(lines)
+def parent_hash(parent: str) -> str:
+    """The sha256 of a parent's file; '' if it has yet to be fetched."""
+    path = runs.source_file(parent)
+    return runs.file_hash(path) if path and os.path.exists(path) else ''
 
 
 def fingerprint(meta: dict) -> str:
     """What tells prepared data apart in a row: a hash of all their tokens."""
     hashes = [side['sha256'] for sides in meta['domains'].values() for side in sides.values()]
-    return 'tokens ' + hashlib.sha256(''.join(hashes).encode()).hexdigest()[:12]
+    return hashlib.sha256(''.join(hashes).encode()).hexdigest()[:12]
 
 
 def commit() -> str:
@@ -362,45 +402,43 @@ def commit() -> str:
     return head.stdout.strip() + ('-changed' if diff.returncode == 1 else '')
 
 
+def print_tables(cfg: Config) -> None:
+    """All tables; with --arms those arms' alone, at the scale, steps and parent that are named."""
+    rows, known = read_rows(cfg.results), read_rows(COMMITTED) + read_rows(cfg.results)
+    if cfg.arms:
+        of = {'scale': cfg.scale, 'parent': cfg.init_from or cfg.parent or 'own'}
+        steps = configure(train.Config, SCALES[cfg.scale].arms)[0].max_steps * cfg.steps
+        rows = [row for row in pick(rows, **of) if row['arm'] in cfg.arms.split(',')
+                and (row['steps'] == steps or row['clock'] in cfg.arms.split(','))]
+    if not rows:
+        die(f'{cfg.results} holds no such rows; python -m study.experiment makes them')
+    print(tables(rows, known, read_rows(cfg.times, TIME_KEY)))
+
+
 def main(cfg: Config, stop: list[int]) -> None:
-    """Runs the arms that have no row yet, or prints the tables."""
-    rows = read_rows(cfg.results)
+    """Runs the arms that have no row yet, or measures their time, or prints the tables."""
     if cfg.table:
-        if not rows:
-            die(f'{cfg.results} holds no rows; python -m study.experiment makes them')
-        print(tables(rows), not_run(rows), sep='\n\n')
-        return
-    base = base_config(cfg.scale, cfg.init_from, cfg.data_dir)
-    table = arms(base)
-    wanted = list(table) if cfg.arms == 'all' else cfg.arms.split(',')
-    if unknown := set(wanted) - set(table):
-        die(f'{cfg.scale} has no arm {min(unknown)}; its arms are {", ".join(table)}')
-    if cfg.scale == 'tiny':
-        torch.set_num_threads(1)
-    meta, _ = load_data(base.data_dir, base.block_size)
-    of = dict(zip(COMPARISON, (cfg.scale, base.init_from, base.data_dir, fingerprint(meta))))
-    typed = {'scale': cfg.scale, 'init_from': cfg.init_from, 'data_dir': cfg.data_dir}
-    flags = ' '.join(f'--{key}={value}' for key, value in typed.items() if value)
-    code = commit()
-    for seed, name in product(cfg.seeds, wanted):
-        arm, key = table[name], of | {'arm': name, 'seed': seed}
-        label = '_'.join(filter(None, [*typed.values(), name, str(seed)]))
-        out_dir = 'out/experiment/' + re.sub(r'[^\w.]+', '_', label)
-        # another program may have added it meanwhile
-        if any(key.items() <= row.items() for row in read_rows(cfg.results)):
-            print(f'{cfg.results} has', *key.values())
-        else:
-            print('---', *key.values())
-            parent = arm.change.get('init_from', base.init_from)
-            if parent in PARENTS:
-                train.train(*configure(train.Config, PARENTS[parent]), stop=stop)
-            command = f'python -m study.experiment {flags} --arms={name} --seeds={seed}'
-            row = key | {'command': command, 'commit': code}
-            row |= run(arm, replace(base, seed=seed, out_dir=out_dir), stop)
-            add_row(cfg.results, row)
-        Path(out_dir, 'ckpt.pt').unlink(missing_ok=True)
-        if arm.mixture is not MoE:                              # sample.py knows no other
-            Path(out_dir, 'best.pt').unlink(missing_ok=True)
+        return print_tables(cfg)
+    core = not cfg.arms
+    if core:
+        cfg = replace(cfg, arms=CORE, results=CORE_ROWS if cfg.results == COMMITTED else cfg.results)
+    study = Study(cfg, stop)
+    names = list(study.arms) if cfg.arms == 'all' else cfg.arms.split(',')
+    if unknown := {*names} - {*study.arms}:
+        die(f'there is no arm {min(unknown)}; the arms are {", ".join(study.arms)}')
+    if cfg.time:
+        return study.time([name for name in names if name != COUNTS])
+    for name in names:
+        if name == COUNTS:
+            study.count()
+            continue
+        steps = study.clock_steps if name == 'twin' and cfg.clock else study.base.max_steps * cfg.steps
+        rates = [float(rate) * study.base.learning_rate for rate in cfg.rates.split(',') if rate]
+        for lr in rates or [study.settle(name, steps)]:
+            for seed in cfg.seeds:
+                study.ensure(name, steps, lr, seed)
+    if core:
+        print_tables(cfg)
 
 
 if __name__ == '__main__':

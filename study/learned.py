@@ -1,16 +1,32 @@
-"""What a mixture's choice of expert tells: the domain, the token, the token's kind in Python."""
+"""What a mixture's choice of expert tells: the domain, the token, the token's kind in Python.
+
+    python -m study.learned                             ten tokens that each expert takes most, of top1's first row
+    python -m study.learned --arm=top2 --scale=gpt2     of another
+"""
 
 import io
 import keyword
+import math
+import signal
+import sys
 import tokenize
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+if __name__ == '__main__':      # Ctrl-C: just leave
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import tiktoken
 import torch
+from torch import Tensor
 
 import train
-from model import GPT
+from config import configure, die
+from model import GPT, Routing
 from prepare import get_encoding
+from study.rows import COMMITTED, pick, read_rows
 
 WHAT = ['domain', 'token', 'kind']
 KINDS = ['keyword', 'name', 'number', 'op', 'string', 'comment']        # of Python's tokens
@@ -43,10 +59,10 @@ def token_kinds(tokens: np.ndarray, encoding: tiktoken.Encoding) -> list[str]:
     for document in np.split(tokens, ends):
         pieces = [b'' if token == encoding.eot_token else encoding.decode_single_token_bytes(token)
                   for token in document.tolist()]
-        text = b''.join(pieces).decode()
+        text = b''.join(pieces).decode(errors='surrogateescape')       # of a cut vocabulary it may be no text
         of_bytes = []
         for char, kind in zip(text, kinds_of_characters(text)):
-            of_bytes += [kind] * len(char.encode())
+            of_bytes += [kind] * len(char.encode(errors='surrogateescape'))
         first = 0
         for piece in pieces:
             found = set(of_bytes[first:first + len(piece)]) - {''}
@@ -68,20 +84,44 @@ def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
     return float((p[there] * np.log2(p[there] / independent[there])).sum())
 
 
+class Entropy:
+    """A balance loss that notes the entropy of the router's probabilities every now and then.
+
+    noted: for each noted micro-batch the mean over its tokens, in bits, of each layer. It is at most log2 E.
+    Slices have one softmax each: theirs is the mean over the slices.
+    """
+
+    def __init__(self, loss: Callable[[Routing], Tensor], n_experts: int, every: int):
+        self.loss, self.n_experts, self.every, self.calls, self.noted = loss, n_experts, every, 0, []
+
+    def __call__(self, routing: Routing) -> Tensor:
+        """The layers' stacked routing -> (layers,)."""
+        if self.calls % self.every == 0:
+            bits = torch.special.entr(routing.probs.detach()).sum(dim=-1).mean(dim=-1) / math.log(2)    # (layers,)
+            slices = routing.probs.shape[-1] // self.n_experts      # their probabilities have the sum 1 together
+            self.noted.append([round(b - math.log2(slices), 4) for b in bits.tolist()])
+        self.calls += 1
+        return self.loss(routing)
+
+
 @torch.no_grad()
 def learned(model: GPT, cfg: train.Config, meta: dict, data: dict[str, np.ndarray],
             device: str) -> dict:
     """{layer: {'domain', 'token', 'kind': [bits that a mixture's first choice tells of it, bits of
-    shuffled choices], 'shares': {kind: share of each expert}}}, over an evaluation's windows."""
+    shuffled choices], 'tokens': for each expert the ten that it takes most}}, over an evaluation's windows.
+
+    Of a sliced mixture the first choice is the first slice's.
+    """
     encoding = get_encoding(meta['encoding'])
+    ids = np.array(meta.get('ids', range(encoding.n_vocab)))        # what the data's ids are in the encoding
     domain, token, kind = [], [], []
     chosen = {layer: [] for layer in model.mixtures()}
     model.eval()
     for name, tokens in data.items():
-        kinds = token_kinds(tokens, encoding) if name == 'code' else [''] * len(tokens)
+        kinds = token_kinds(ids[tokens], encoding) if name == 'code' else [''] * len(tokens)
         for start in train.window_starts(tokens, cfg):
             domain += [name] * cfg.block_size
-            token += tokens[start:start + cfg.block_size].tolist()
+            token += ids[tokens[start:start + cfg.block_size]].tolist()
             kind += kinds[start:start + cfg.block_size]
             x, _ = train.windows([(tokens, start)], cfg, device)
             for layer, routing in model(x)[2].items():
@@ -97,9 +137,38 @@ def learned(model: GPT, cfg: train.Config, meta: dict, data: dict[str, np.ndarra
                                  ('kind', kind, known)):
             bits = [mutual_information(what[rows], choice[rows]) for choice in (experts, shuffled)]
             facts[name] = [round(n, 4) for n in bits]
-        facts['shares'] = {}
-        for name in np.unique(kind[kind != '']).tolist():
-            counts = np.bincount(experts[kind == name], minlength=model.config.n_experts)
-            facts['shares'][name] = (counts / counts.sum()).round(4).tolist()
-        result[layer] = facts
+        facts['tokens'] = [most_taken(token[experts == e], token, encoding) for e in range(cfg.n_experts)]
+        result[str(layer)] = facts
     return result
+
+
+def most_taken(taken: np.ndarray, token: np.ndarray, encoding: tiktoken.Encoding) -> list[str]:
+    """The ten commonest of an expert's tokens, each with the share of all its occurrences that are here."""
+    everywhere = Counter(token.tolist())
+    return [f'{encoding.decode([t])!r} {n / everywhere[t]:.0%}' for t, n in Counter(taken.tolist()).most_common(10)]
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: str = 'tiny'         # tiny, tokens, gpt2 or gpt2_domains
+    arm: str = 'top1'           # one that the experiment looked into
+    results: str = COMMITTED    # where the rows are
+
+
+def main(cfg: Config) -> None:
+    """Prints the ten tokens that each expert takes most, at the arm's lowest loss."""
+    rows = [row for row in pick(read_rows(cfg.results), scale=cfg.scale, arm=cfg.arm) if row.get('learned')]
+    if not rows:
+        die(f'{cfg.results} holds no row that tells what {cfg.arm} learned at the scale {cfg.scale}; '
+            f'python -m study.experiment --scale={cfg.scale} --arms={cfg.arm} makes one')
+    row = min(rows, key=lambda row: row['val_mean'])
+    print(f'{cfg.arm}, seed {row["seed"]}, {row["steps"]} steps at {row["lr"]:g}: the ten tokens that each expert '
+          'takes most, and which part of their occurrences it takes')
+    for layer, facts in row['learned'].items():
+        for expert, tokens in enumerate(facts['tokens']):
+            print(f'layer {layer} expert {expert}: ', ', '.join(tokens) or 'none')
+
+
+if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')
+    main(configure(Config, sys.argv[1:])[0])

@@ -1,7 +1,8 @@
-"""Other routers: subclasses of model.MoE, each of which says how it differs.
+"""Other routers and experts: subclasses of model.MoE, each of which says how it differs.
 
 What they draw or compute once is a buffer, saved with the weights. `build` makes a model with one
-of them, as train.train and runs.load_model ask for it.
+of them, as train.train and runs.load_model ask for it. All start as their parent (Dropped alone does
+not), look back only, and never make the host wait for the device, so they run in a CUDA graph.
 """
 
 import copy
@@ -11,18 +12,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
 
-from model import GPT, MLP, GPTConfig, MoE, Routing, sorted_loop
+from model import GPT, MLP, GPTConfig, MoE, Routing, count_pairs, sorted_loop
+
+PRIME = 2**31 - 1       # hashes of n-grams are below it
 
 
 def build(config: GPTConfig, mixture: type[MoE]) -> GPT:
-    """A model whose mixtures are of that class. Those that read embeddings are shown them."""
+    """A model whose mixtures are of that class, shown what they need of the rest of it."""
     model = GPT(config, mixture)
     for part in model.modules():
         if isinstance(part, ReadsEmbedding):
             part.wte = [model.wte]              # in a list, or it would be a parameter of both
+        elif isinstance(part, SlowRouter):
+            part.before.copy_(part.now())       # as GPT drew it
     return model
 
+
+# Learned routers
 
 class Frozen(MoE):
     """A router that stays as it was drawn, without noise. Its losses change nothing."""
@@ -32,31 +41,119 @@ class Frozen(MoE):
             return super().route(x, ids, None)
 
 
-class Scaled(MoE):
-    """The weights' gradient times E: for k = 1 that of a weight which is E times its probability."""
+class SlowRouter(MoE):
+    """The router takes a tenth of each of the optimizer's steps."""
+    slow, rate = 'router', 0.1                  # what is slow, and its part of a step
 
-    def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
-        weights = super().weigh(probs, experts)
-        return weights + (len(self.experts) - 1) * (weights - weights.detach())
+    def __init__(self, config: GPTConfig, hidden: int | None = None):
+        super().__init__(config, hidden)
+        self.register_buffer('before', self.now())      # its parameters before the step, end to end
+
+    def now(self) -> Tensor:
+        return parameters_to_vector(self.get_submodule(self.slow).parameters()).detach()
+
+    @torch.no_grad()
+    def after_step(self, counts: Tensor) -> None:
+        self.before.lerp_(self.now(), self.rate)
+        parameters = list(self.get_submodule(self.slow).parameters())
+        for p, part in zip(parameters, self.before.split([p.numel() for p in parameters])):
+            p.copy_(part.view_as(p))
+
+    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
+        super().upcycle(mlp, expert_noise, frequency)
+        self.before.copy_(self.now())
 
 
-class StepBalance:
-    """load_balance_loss with f counted since the step began (arXiv 2501.11873), not in a micro-batch.
+class ReadsEmbedding(MoE):
+    """The router reads the token's embedding, so attention has no part in the choice. See build."""
 
-    parts: micro-batches in a step, so that it knows where one begins.
+    def score(self, x: Tensor, ids: Tensor) -> Tensor:
+        embedding = self.wte[0].weight[ids[:, 2:].flatten()].detach()       # (N, C)
+        return super().score(F.layer_norm(embedding, embedding.shape[1:]), ids)
+
+
+class BiasBalanced(MoE):
+    """Sigmoid scores, and a bias on the choice alone, moved after each step against what was too full
+    (arXiv 2408.15664). Its balance loss is still there: set balance_coef to 0."""
+    rate = 1e-3
+
+    def __init__(self, config: GPTConfig, hidden: int | None = None):
+        super().__init__(config, hidden)
+        self.register_buffer('bias', torch.zeros(config.n_experts))
+
+    def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
+        logits = self.score(x, ids)                                         # (N, E)
+        noisy = logits if noise is None else logits + noise * torch.randn_like(logits)
+        scores = noisy.sigmoid()
+        experts = (scores + self.bias).topk(self.k).indices                 # (N, k)
+        return Routing(logits, scores / scores.sum(dim=1, keepdim=True), self.weigh(scores, experts),
+                       experts, count_pairs(experts, scores.shape[1]))
+
+    def after_step(self, counts: Tensor) -> None:
+        counts = counts.float()
+        self.bias += self.rate * (counts.mean() - counts).sign()
+
+
+class MeanExpert(MoE):
+    """A weight's gradient is <g, E_i(x) - M(x)>, where g is the output's: 0 while all experts are equal.
+
+    M is an MLP with the mean of the experts' parameters. It returns the mean of what they return to
+    first order in their differences, for one more forward pass. It takes part in the gradient alone,
+    and only for k = 1: two weights have the sum 1, and it cancels.
     """
 
-    def __init__(self, parts: int):
-        self.parts, self.calls, self.counts = parts, 0, None
+    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
+        y, routing = super().forward(x, ids, noise)
+        with torch.no_grad():
+            mean = {name: torch.stack([expert.get_parameter(name) for expert in self.experts]).mean(dim=0)
+                    for name, _ in self.experts[0].named_parameters()}
+            baseline = functional_call(self.experts[0], mean, x)                        # (B, T, C)
+        weight = routing.weights.sum(dim=1).view(*x.shape[:2], 1)
+        return y - (weight - weight.detach()) * baseline, routing
 
-    def __call__(self, routing: Routing) -> Tensor:
-        """The layers' stacked routing -> (layers,)."""
-        first = self.calls % self.parts == 0
-        self.counts = routing.counts if first else self.counts + routing.counts     # (layers, E)
-        self.calls += 1
-        f = self.counts / self.counts.sum(dim=-1, keepdim=True)
-        return f.shape[-1] * (f * routing.probs.mean(dim=-2)).sum(dim=-1)
 
+# Other experts
+
+class SlowExperts(SlowRouter):
+    """The experts take 0.4 of each of the optimizer's steps, its decay of the weights included."""
+    slow, rate = 'experts', 0.4
+
+
+class Dropped(MoE):
+    """Half of each expert's hidden units are drawn anew, as the old ones are spread (drop-upcycling,
+    arXiv 2502.19261). It does not start as its parent."""
+
+    @torch.no_grad()
+    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
+        super().upcycle(mlp, expert_noise, frequency)
+        for expert in self.experts:
+            hidden = expert.c_fc.out_features
+            units = torch.randperm(hidden)[:hidden // 2]
+            for p, dim in ((expert.c_fc.weight, 0), (expert.c_fc.bias, 0), (expert.c_proj.weight, 1)):
+                old = p.index_select(dim, units)
+                p.index_copy_(dim, units, old.mean() + old.std() * torch.randn_like(old))
+
+
+class SharedParent(MoE):
+    """y = MLP(x) + the mixture, whose experts begin at zero."""
+
+    def __init__(self, config: GPTConfig, hidden: int | None = None):
+        super().__init__(config, hidden)
+        self.shared = MLP(config, hidden)
+
+    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
+        y, routing = super().forward(x, ids, noise)
+        return self.shared(x) + y, routing
+
+    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
+        super().upcycle(mlp, expert_noise, frequency)
+        self.shared.load_state_dict(mlp.state_dict())
+        for expert in self.experts:
+            nn.init.zeros_(expert.c_proj.weight)
+            nn.init.zeros_(expert.c_proj.bias)
+
+
+# Hashes: the ids choose
 
 class Hash(MoE):
     """Each id has its k experts, drawn at random in each layer (arXiv 2106.04426). No router."""
@@ -88,92 +185,89 @@ class ByToken(Hash):
         return torch.randint(config.n_experts, (config.vocab_size, 1), generator=generator)
 
 
-class BalancedHash(ByToken):
-    """The commonest ids first, each to the expert that has the fewest tokens so far."""
+class BalancedHash(Hash):
+    """The commonest ids first, each to the expert that has the fewest tokens so far. One per token."""
+    tables = 1
+
+    def draw(self, config: GPTConfig) -> Tensor:
+        return torch.randint(config.n_experts, (config.vocab_size, self.tables))    # until it is upcycled
 
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor) -> None:
         super().upcycle(mlp, expert_noise, frequency)
-        blurred = frequency * (1 + 0.3 * torch.rand(len(frequency)))        # each layer another order
-        loads = [(0.0, expert) for expert in torch.randperm(len(self.experts)).tolist()]
-        for token in blurred.argsort(descending=True).tolist():
-            load, expert = loads[0]                                         # a heap: the least first
-            self.table[token] = expert
-            heapq.heapreplace(loads, (load + frequency[token].item(), expert))
+        tokens, numbers = frequency.tolist(), torch.randperm(len(self.experts))
+        for column in self.table.unbind(dim=1):
+            blurred = frequency * (1 + 0.3 * torch.rand(len(frequency)))    # each table another order
+            experts, loads = [0] * len(tokens), [(0.0, expert) for expert in range(len(self.experts))]
+            for i in blurred.argsort(descending=True).tolist():
+                load, experts[i] = loads[0]                                 # a heap: the least first
+                heapq.heapreplace(loads, (load + tokens[i], experts[i]))
+            column.copy_(numbers[experts])
 
 
-class Unigram(Hash):
-    """A hash of the last n ids, one expert per token. Each id is multiplied by its age's factor."""
-    n = 1
-    prime = 2**31 - 1
-
-    def draw(self, config: GPTConfig) -> Tensor:
-        return torch.randint(1, self.prime, (self.n,))                      # the factors
-
-    def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
-        T = ids.shape[1] - 2
-        hashed = torch.zeros_like(ids[:, 2:])                               # (B, T)
-        for age, factor in enumerate(self.table):
-            hashed += factor * (ids[:, 2 - age:2 - age + T] + 2)            # -1 before the beginning
-        return (hashed % self.prime % len(self.experts)).view(-1, 1)
+class TwoHashes(BalancedHash):
+    """Two balanced hashes, for k = 2: each token's two experts weigh 1/2 each, at twice the arithmetic of a
+    dense model (SlicedBalanced2 has half of each, at the dense model's). 1 id in E has one expert twice."""
+    tables = 2
 
 
-class Bigram(Unigram):
+class GatedHash(BalancedHash):
+    """A balanced hash whose experts weigh 2 sigmoid(g_e . x), g = 0 at first. No loss but the LM's
+    moves g."""
+
+    def __init__(self, config: GPTConfig, hidden: int | None = None):
+        super().__init__(config, hidden)
+        # g; by this name it does not decay
+        self.router = nn.Linear(config.n_embd, config.n_experts, bias=False)
+
+    def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
+        routing = super().route(x, ids, noise)
+        gates = 2 * MoE.score(self, x, ids).sigmoid()                       # (N, E)
+        return routing._replace(weights=routing.weights * gates.gather(1, routing.experts))
+
+    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor) -> None:
+        super().upcycle(mlp, expert_noise, frequency)
+        nn.init.zeros_(self.router.weight)
+
+
+class SharedBalanced(SharedParent, BalancedHash):
+    """y = MLP(x) + the expert of the id."""
+
+
+class Bigram(Hash):
+    """A hash of the last n ids, one expert per token."""
     n = 2
 
+    def draw(self, config: GPTConfig) -> Tensor:
+        return torch.randint(1, PRIME, (self.n,))                           # the factors of hash_last
 
-class Trigram(Unigram):
+    def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
+        return (hash_last(ids, self.table) % len(self.experts)).view(-1, 1)
+
+
+def hash_last(ids: Tensor, factors: Tensor) -> Tensor:
+    """A number for each token's last n ids, itself included, each times the factor of its age.
+
+    ids (B, T+2), behind those of the two tokens before; factors (n,) -> (B, T).
+    """
+    T = ids.shape[1] - 2
+    hashed = torch.zeros_like(ids[:, 2:])
+    for age, factor in enumerate(factors):
+        hashed += factor * (ids[:, 2 - age:2 - age + T] + 2)                # -1 before the beginning
+    return hashed % PRIME
+
+
+class Trigram(Bigram):
     n = 3
 
 
-class BiasBalanced(MoE):
-    """A bias on the choice, moved after each step against what was too full (arXiv 2408.15664)."""
-    rate = 1e-3
-
-    def __init__(self, config: GPTConfig, hidden: int | None = None):
-        super().__init__(config, hidden)
-        self.register_buffer('bias', torch.zeros(config.n_experts))
-
-    def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
-        return (probs + self.bias).topk(self.k).indices
-
-    def after_step(self, counts: Tensor) -> None:
-        counts = counts.float()
-        self.bias += self.rate * (counts.mean() - counts).sign()
-
-
-class ReadsEmbedding(MoE):
-    """The router reads the token's embedding, so attention has no part in the choice. See build."""
-
-    def score(self, x: Tensor, ids: Tensor) -> Tensor:
-        embedding = self.wte[0].weight[ids[:, 2:].flatten()].detach()       # (N, C)
-        return super().score(F.layer_norm(embedding, embedding.shape[1:]), ids)
-
-
-class SharedParent(MoE):
-    """y = MLP(x) + the mixture, whose experts begin at zero."""
-
-    def __init__(self, config: GPTConfig, hidden: int | None = None):
-        super().__init__(config, hidden)
-        self.shared = MLP(config, hidden)
-
-    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
-        y, routing = super().forward(x, ids, noise)
-        return self.shared(x) + y, routing
-
-    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
-        super().upcycle(mlp, expert_noise, frequency)
-        self.shared.load_state_dict(mlp.state_dict())
-        for expert in self.experts:
-            nn.init.zeros_(expert.c_proj.weight)
-            nn.init.zeros_(expert.c_proj.bias)
-
+# Slices: several mixtures side by side
 
 class Sliced(MoE):
     """The MLP's hidden units are cut into slices, and each slice is a mixture of its own.
 
     The experts of all slices, numbered through, are its experts: one dispatch serves them all.
     """
-    kinds = MoE, MoE, MoE, MoE                  # of the slices
+    kinds: tuple[type[MoE], ...] = ()           # of the slices
 
     def __init__(self, config: GPTConfig, hidden: int | None = None):
         nn.Module.__init__(self)                # the routers and experts are the slices' own
@@ -211,21 +305,41 @@ def cut(mlp: MLP, G: int) -> list[MLP]:
     return parts
 
 
-class SlicedHash(Sliced):
-    kinds = Hash, Hash, Hash, Hash
+class Sliced2(Sliced):
+    kinds = (MoE,) * 2
 
 
-class SlicedBalanced(Sliced):
-    kinds = BalancedHash, BalancedHash, BalancedHash, BalancedHash
+class Sliced4(Sliced):
+    kinds = (MoE,) * 4
+
+
+class Sliced8(Sliced):
+    kinds = (MoE,) * 8
+
+
+class SlicedFrozen(Sliced):
+    kinds = (Frozen,) * 4
+
+
+class SlicedBalanced2(Sliced):
+    kinds = (BalancedHash,) * 2
+
+
+class SlicedBalanced4(Sliced):
+    kinds = (BalancedHash,) * 4
+
+
+class SlicedBalanced8(Sliced):
+    kinds = (BalancedHash,) * 8
 
 
 class SlicedNGram(Sliced):
-    kinds = Unigram, Bigram, Trigram, Bigram
+    kinds = Hash, Bigram, Trigram, Bigram
 
 
-class SlicedMixed(Sliced):
-    kinds = MoE, BiasBalanced, Bigram, Trigram
+class SlicedNGram1212(Sliced):
+    kinds = Hash, Bigram, Hash, Bigram
 
 
-class SharedSlicedNGram(SharedParent, SlicedNGram):
-    """y = MLP(x) + the slices, keyed by n-grams."""
+class SlicedNGram2222(Sliced):
+    kinds = (Bigram,) * 4

@@ -1,0 +1,293 @@
+"""The rows of the experiment: the file, each arm's best learning rate, the differences to the twin, the tables.
+
+A row is one run. A comparison is what the rows of a table share; in it every arm, the twin too, stands at its
+own best rate.
+"""
+
+import fcntl
+import json
+import math
+import os
+from operator import itemgetter
+from statistics import fmean, median
+from typing import NamedTuple
+
+import numpy as np
+
+from config import die
+
+COMMITTED = 'study/results.json'        # the rows by which best rates are known
+COMPARISON = 'scale', 'data', 'parent', 'tokens', 'steps'
+KEY = *COMPARISON, 'arm', 'lr', 'seed'
+TIME_KEY = 'scale', 'tokens', 'arm'     # of the ms per step
+SHORT = {'gpt2': 2000, 'gpt2_domains': 2000}    # scales whose longer runs take the best rate of so many steps
+COUNTS = 'ngram_model'                  # an arm that counts and does not train
+
+
+# The file
+
+def read_rows(path: str, key: tuple[str, ...] = KEY) -> list[dict]:
+    """The rows so far, none if there is no such file."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            rows = json.load(f)
+        if type(rows) is not list or not all(set(key) <= set(row) for row in rows):
+            raise ValueError('it holds other things than rows')
+        return rows
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        die(f'{path} cannot be read ({error}); take the last one from git, or name another file')
+
+
+def add_row(path: str, row: dict, key: tuple[str, ...] = (*KEY, 'sha256')) -> None:
+    """Adds a row, a line of the file, in place of an older one. Several programs may do so."""
+    folder = os.path.dirname(path) or '.'
+    os.makedirs(folder, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    of = itemgetter(*key)
+    rows = [old for old in read_rows(path, key) if of(old) != of(row)]
+    lines = [json.dumps(each) for each in sorted([*rows, row], key=of)]
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.write('[\n' + ',\n'.join(lines) + '\n]\n')
+    os.replace(path + '.tmp', path)
+    os.close(lock)
+
+
+def pick(rows: list[dict], **what) -> list[dict]:
+    """The rows in which all of that stands."""
+    return [row for row in rows if what.items() <= row.items()]
+
+
+def comparisons(rows: list[dict]) -> list[dict]:
+    """What the rows of each table share. A twin by the clock makes none of its own."""
+    found = {itemgetter(*COMPARISON)(row) for row in rows if not row['clock']}
+    return [dict(zip(COMPARISON, values)) for values in sorted(found, reverse=True)]
+
+
+# Learning rates: brackets are of seed 0
+
+def tried(rows: list[dict], of: dict, arm: str) -> dict[float, float]:
+    """{learning rate: validation loss} of an arm's runs with seed 0 in a comparison.
+
+    Of a scale in SHORT: in the runs of so many steps, if there are any.
+    """
+    short = of | {'steps': SHORT.get(of['scale'], of['steps'])}
+    here = pick(rows, arm=arm, seed=0, **short) or pick(rows, arm=arm, seed=0, **of)
+    return {row['lr']: row['val_mean'] for row in here}
+
+
+def best_rate(losses: dict[float, float]) -> tuple[float | None, bool]:
+    """(the rate with the lowest loss, whether it is bracketed: rates below and above it were tried)."""
+    if not losses:
+        return None, False
+    best = min(losses, key=losses.get)
+    return best, min(losses) < best < max(losses)
+
+
+def next_rate(losses: dict[float, float], own: float) -> float | None:
+    """The rate to try next: half, once and twice the scale's own, then on beyond the best. None once it is
+    bracketed."""
+    for rate in (own, own / 2, own * 2):
+        if rate not in losses:
+            return rate
+    best, bracketed = best_rate(losses)
+    return None if bracketed else best / 2 if best == min(losses) else best * 2
+
+
+# Differences to the twin
+
+class Result(NamedTuple):
+    """An arm beside its twin, both at their best rates."""
+    rate: float
+    bracketed: bool
+    rows: list[dict]                # at that rate, by seed
+    differences: list[float] = []   # of a row's loss to that of the twin with its seed and parent
+    half: float | None = None       # of the 95% interval around their mean
+
+
+def students_t(df: int) -> float:
+    """What a variable of Student's t with df degrees of freedom stays below in 97.5% of all cases."""
+    x = np.arange(0, 100, 1e-3) + 5e-4
+    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    below = 0.5 + np.cumsum(scale * (1 + x * x / df) ** (-(df + 1) / 2)) * 1e-3
+    return float(x[np.searchsorted(below, 0.975)])
+
+
+def pooled(differences: list[list[float]]) -> tuple[float, int]:
+    """(s, degrees of freedom) of several arms' differences per seed d, each around its own arm's mean:
+
+        s^2 = sum over arms and seeds of (d - mean of the arm)^2 / df,   df = sum over arms of (seeds - 1)
+
+    The interval of an arm with n seeds is its mean +- t(df) s / sqrt(n). Arms share their twins, so they are
+    less independent than df says.
+    """
+    df = sum(len(each) - 1 for each in differences if each)
+    squares = sum((d - fmean(each)) ** 2 for each in differences for d in each)
+    return (math.sqrt(squares / df), df) if df else (0.0, 0)
+
+
+def with_intervals(found: dict[str, Result]) -> tuple[dict[str, Result], str]:
+    """The same with their intervals, and what these rest on, in words."""
+    s, df = pooled([result.differences for result in found.values()])
+    if not df:
+        return found, 'no arm has two seeds, so there are no intervals'
+    t = students_t(df)
+    found = {name: r._replace(half=t * s / math.sqrt(len(r.differences)) if r.differences else None)
+             for name, r in found.items()}
+    return found, f'pooled spread {s:.4f}, {df} degrees of freedom, t = {t:.2f}'
+
+
+def beside(rows: list[dict], twins: list[dict]) -> list[float]:
+    """The differences of rows to the twins with their seeds and parents."""
+    loss = {(row['seed'], row['sha256']): row['val_mean'] for row in twins}
+    return [row['val_mean'] - loss[key] for row in rows if (key := (row['seed'], row['sha256'])) in loss]
+
+
+def at_best(rows: list[dict], known: list[dict], of: dict, arm: str) -> Result:
+    """An arm's rows at its best rate, which all known rows tell."""
+    rate, bracketed = best_rate(tried(known, of, arm))
+    return Result(rate, bracketed, sorted(pick(rows, **of, arm=arm, lr=rate), key=itemgetter('seed')))
+
+
+def results(rows: list[dict], known: list[dict], of: dict) -> tuple[dict[str, Result], str]:
+    """{arm: its Result} of a comparison, the twin first, then the best first; what intervals rest on."""
+    names = {row['arm'] for row in pick(rows, **of)} - {COUNTS}
+    found = {name: at_best(rows, known, of, name) for name in sorted(names)}
+    twins = found['twin'].rows if 'twin' in found else []
+    found = {name: r if name == 'twin' else r._replace(differences=beside(r.rows, twins))
+             for name, r in found.items() if r.rows}
+
+    def order(name: str) -> tuple:
+        return name != 'twin', fmean(found[name].differences or [math.inf])
+
+    return with_intervals({name: found[name] for name in sorted(found, key=order)})
+
+
+def ratios(times: list[dict], of: dict) -> dict[str, float]:
+    """{arm: its time per step over the twin's}."""
+    return {row['arm']: row['ms'] / row['twin_ms'] for row in pick(times, scale=of['scale'], tokens=of['tokens'])}
+
+
+def by_clock(rows: list[dict], known: list[dict], times: list[dict], of: dict,
+             found: dict[str, Result]) -> tuple[dict[str, Result], str]:
+    """{arm: the Result of the twin with as many steps as the arm's time allows, but with the differences of the
+    arm to it}; what intervals rest on."""
+    clocked = {}
+    for name, ratio in ratios(times, of).items():
+        twin = at_best(rows, known, of | {'steps': round(of['steps'] * ratio)}, 'twin')
+        if name in found and name != 'twin' and twin.rows:
+            clocked[name] = twin._replace(differences=beside(found[name].rows, twin.rows))
+    return with_intervals(clocked)
+
+
+# The tables
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ['---'] * len(head), *body]
+    return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
+
+
+def difference_cell(result: Result, twins: list[dict]) -> str:
+    """The differences per seed, their mean and its interval."""
+    if not result.differences:
+        return 'no twin has its parent and seed'
+    mean, half = fmean(result.differences), result.half
+    said = f'{mean:+.4f}' + (f' ± {half:.4f}' if half is not None else ' (no interval)')
+    if half is not None and abs(mean) <= half:
+        said = f'not resolved: {said}'
+    part = mean / fmean(row['val_mean'] for row in twins)
+    return f'**{said}** ({part:+.1%}); ' + ' '.join(f'{d:+.4f}' for d in result.differences)
+
+
+def rates_cell(losses: dict[float, float], result: Result) -> str:
+    """Every rate that was tried with seed 0, the best one bold."""
+    cells = [f'**{rate:g}: {loss:.3f}**' if rate == result.rate else f'{rate:g}: {loss:.3f}'
+             for rate, loss in sorted(losses.items())]
+    return ', '.join(cells) + ('' if result.bracketed else '; not bracketed')
+
+
+def loss_cell(rows: list[dict]) -> str:
+    """The mean over seeds, then each domain's."""
+    domains = [f'{name} {fmean(row["val"][name] for row in rows):.3f}' for name in rows[0]['val']]
+    return f'**{fmean(row["val_mean"] for row in rows):.4f}** ({", ".join(domains)}; {len(rows)} seeds)'
+
+
+def cost_cell(name: str, row: dict, times: list[dict]) -> str:
+    """Active of total parameters, and the time of a step where it was measured."""
+    said = f'{row["active"] / 1e6:.1f} of {row["parameters"] / 1e6:.1f}'
+    beside_twin = pick(times, scale=row['scale'], tokens=row['tokens'])
+    if name == 'twin' and beside_twin:
+        said += f'; {median(time["twin_ms"] for time in beside_twin):.1f} ms'
+    for time in pick(beside_twin, arm=name):
+        said += f'; {time["ms"]:.1f} ms, {time["ms"] / time["twin_ms"]:.2f}'
+    return said
+
+
+def learned_line(name: str, layer: str, rows: list[dict], what: list[str]) -> list[str]:
+    """A mixture's line of what its choices tell."""
+    at = list(rows[0]['learned']).index(layer)
+    curve = [noted[at] for noted in rows[0]['entropy']]
+    cells = [f'{name}, {layer}', ' '.join(f'{bits:.2f}' for bits in curve) or '-']
+    for each in what:
+        bits, shuffled = np.mean([row['learned'][layer][each] for row in rows], axis=0)
+        cells.append(f'{bits:.2f} ({shuffled:.2f})')
+    return cells
+
+
+def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
+    """Every comparison: its results, the twin by the clock, and what its experts learned; then what the arms
+    are and what was not run. known: all rows by which best rates are known."""
+    parts = []
+    for of in comparisons(rows):
+        found, rest_on = results(rows, known, of)
+        if not found:
+            continue
+        every = pick(rows, **of)
+        twins = found['twin'].rows if 'twin' in found else []
+        hours = sum(row.get('seconds', 0) for row in every) / 3600
+        parts += ['**{scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}, data {data}:** '.format(**of) +
+                  f'{len(every)} runs, {hours:.1f} hours of steps; ' +
+                  '; '.join(sorted({row['machine'] for row in every})) + f'. Intervals: {rest_on}.']
+        parts.append(markdown(
+            ['arm', 'rate: loss, seed 0', 'loss at the best rate', 'to the twin; per seed',
+             'M parameters: active of all; a step, x twin'],
+            [[name, rates_cell(tried(known, of, name), r), loss_cell(r.rows),
+              '' if name == 'twin' else difference_cell(r, twins), cost_cell(name, r.rows[0], times)]
+             for name, r in found.items()]))
+        for row in pick(every, arm=COUNTS):
+            parts.append(f'{COUNTS}, which counts and does not train: {row["val_mean"]:.4f}.')
+        clocked, rest_on = by_clock(rows, known, times, of, found)
+        if clocked:
+            parts += [f'By the clock, beside the twin with as many steps as the arm takes time. Intervals: {rest_on}.',
+                      markdown(['arm', "the twin's steps", 'its rates: loss, seed 0', 'its loss',
+                                "the arm's loss less it; per seed"],
+                               [[name, f'{r.rows[0]["steps"]:,}',
+                                 rates_cell(tried(known, of | {'steps': r.rows[0]['steps']}, 'twin'), r),
+                                 loss_cell(r.rows), difference_cell(r, r.rows)] for name, r in clocked.items()])]
+        seen = {name: r.rows for name, r in found.items() if r.rows[0].get('learned')}
+        if seen:
+            what = ['domain', 'token', 'kind']
+            parts += ["The router's entropy over the steps (bits, of log2 of the experts), and the bits that the first "
+                      'choice tells of domain, token and, in code, kind of Python token (in brackets: of shuffled '
+                      'choices):',
+                      markdown(['arm, layer', 'entropy', *what],
+                               [learned_line(name, layer, its, what) for name, its in seen.items()
+                                for layer in its[0]['learned']])]
+    arms = {row['arm'].removesuffix('_all'): row['what'] for row in rows if row['arm'] != COUNTS}
+    what = [[name, said] for name, said in sorted(arms.items())]
+    parts.append(markdown(['arm (_all: in all layers)', 'what it is'], what))
+    return '\n\n'.join([*parts, *not_run(rows, known)])
+
+
+def not_run(rows: list[dict], known: list[dict]) -> list[str]:
+    """Of each comparison, what has fewer than three seeds at its best rate."""
+    lines = []
+    for of in comparisons(rows):
+        found, _ = results(rows, known, of)
+        few = [f'{name} ({len(r.rows)})' for name, r in found.items() if len(r.rows) < 3]
+        if few:
+            lines.append('Fewer than three seeds, {scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}: '
+                         .format(**of) + ', '.join(few) + '.')
+    return lines

@@ -1,0 +1,62 @@
+"""GPT-2's tokens with a vocabulary that a tiny model can hold: the most frequent ids, and one for all others.
+
+    python prepare.py --source=<folder> --out=data/corpus       in GPT-2's encoding
+    python -m study.tokens                                      writes data/tokens4096
+    python train.py config/tiny_dense.py --data_dir=data/tokens4096 --vocab_size=4096
+
+meta.json is prepare.py's, with `ids` beside it: each id's in GPT-2's encoding. The last one is that of the
+most frequent token among all those that share it.
+"""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config import configure, die
+from prepare import load_data, write
+
+
+@dataclass(frozen=True)
+class Config:
+    source: str = 'data/corpus'     # what prepare.py wrote in GPT-2's encoding
+    out: str = 'data/tokens4096'    # folder to write to
+    vocab_size: int = 4096          # ids, with the one that stands for all others
+
+    def __post_init__(self):
+        if not 2 <= self.vocab_size <= 50257:
+            raise ValueError(f'vocab_size must be from 2 to 50257, not {self.vocab_size}')
+
+
+def main(cfg: Config) -> dict:
+    """Writes the folder cfg.out; returns what stands in its meta.json."""
+    meta, data = load_data(cfg.source, 1)
+    if meta['encoding'] != 'gpt2' or 'ids' in meta:
+        die(f"{cfg.source} does not have GPT-2's ids; name data that prepare.py wrote with --encoding=gpt2")
+    if Path(cfg.out).resolve() == Path(cfg.source).resolve():
+        die(f'{cfg.out} cannot be both what is read and what is written; name another --out')
+    counts = sum(np.bincount(tokens, minlength=meta['vocab_size']) for tokens in data['train'].values())
+    ids = np.argsort(-counts, kind='stable')[:cfg.vocab_size]
+    new = np.full(meta['vocab_size'], cfg.vocab_size - 1, np.uint16)
+    new[ids] = np.arange(cfg.vocab_size)
+    meta |= {'vocab_size': cfg.vocab_size, 'ids': ids.tolist()}
+    for side, domains in data.items():
+        for domain, tokens in domains.items():
+            tokens = new[tokens]
+            meta['domains'][domain][side]['sha256'] = hashlib.sha256(tokens).hexdigest()
+            try:
+                write(Path(cfg.out, f'{domain}_{side}.bin'), tokens.tobytes())
+            except OSError as error:
+                die(f'{cfg.out}: cannot be written ({error}); name another folder with --out=')
+            print(f'{domain}_{side}: {len(tokens):,} tokens, {(tokens == cfg.vocab_size - 1).mean():.1%} '
+                  'of them share the last id')
+    write(Path(cfg.out, 'meta.json'), json.dumps(meta, indent=1).encode())  # last, it vouches for the others
+    print(f'wrote {cfg.out}: {cfg.vocab_size} token ids')
+    return meta
+
+
+if __name__ == '__main__':
+    main(configure(Config, sys.argv[1:])[0])
