@@ -63,7 +63,7 @@ TINY = ['--device=cpu', '--dropout=0.0', '--eval_interval=50', '--save_interval=
 TOKENS = ['--data_dir=data/tokens4096', '--vocab_size=4096']
 GPT2 = ['--precision=bf16', '--dispatch=grouped', '--cuda_graph=True', '--dropout=0.1']
 GPT2_PARENT = ['config/parent_gpt2.py', *GPT2, '--data_dir=data/large_parent', '--batch_size=32',
-               '--grad_accum_steps=2', '--max_steps=3000', '--eval_interval=1000', '--save_interval=1000']
+               '--grad_accum_steps=2', '--max_steps=3100', '--eval_interval=1000', '--save_interval=1000']
 GPT2_ARMS = ['config/moe_gpt2.py', *GPT2, '--batch_size=8', '--grad_accum_steps=1', f'--max_steps={SHORT["gpt2"]}',
              '--learning_rate=6e-4', '--eval_windows=96', '--eval_interval=250', '--save_interval=2000']
 TINY_ARMS = ['config/tiny.py', *TINY, '--experts_per_token=1', '--learning_rate=4e-3']
@@ -314,17 +314,14 @@ def a_step(arm: Arm, base: train.Config, device: str) -> Callable[[], None]:
     start = runs.new_run(replace(base, **arm.change), set(arm.change), data['train'], arm.build)
     cfg, model = start.cfg, start.model
     runs.set_up_model(model, cfg, device)
-    optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), lr=0.0, fused=True)
-    work = partial(train.micro_batch, model, cfg, load_balance_loss)
-    if cfg.cuda_graph:
-        from scale.graph import record
-        work, _ = record(work, model)
+    optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), fused=True, capturable=cfg.cuda_graph)
+    work, _, clip, update = train.parts_of_a_step(model, optimizer, cfg, load_balance_loss)
 
     def step() -> None:
         parts = range(cfg.grad_accum_steps)
         _, counts = train.gradients(model, data['train'], cfg, 0, 0.0, device, parts, work)
-        float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
-        optimizer.step()
+        float(clip())
+        update(0.0)
         for moe, count in zip(model.mixtures().values(), counts):
             moe.after_step(count)
     return step
