@@ -65,7 +65,7 @@ GPT2 = ['--precision=bf16', '--dispatch=grouped', '--cuda_graph=True', '--dropou
 GPT2_PARENT = ['config/parent_gpt2.py', *GPT2, '--data_dir=data/large_parent', '--batch_size=32',
                '--grad_accum_steps=2', '--max_steps=3000', '--eval_interval=1000', '--save_interval=1000']
 GPT2_ARMS = ['config/moe_gpt2.py', *GPT2, '--batch_size=8', '--grad_accum_steps=1', f'--max_steps={SHORT["gpt2"]}',
-             '--learning_rate=6e-4', '--eval_windows=96', '--eval_interval=250', '--save_interval=2000']
+             '--learning_rate=6e-4', '--eval_windows=96', '--eval_interval=500', '--save_interval=5000']
 TINY_ARMS = ['config/tiny.py', *TINY, '--experts_per_token=1', '--learning_rate=4e-3']
 SCALES = {
     'tiny': Scale('tiny', ['config/tiny_dense.py', *TINY], TINY_ARMS),
@@ -107,6 +107,11 @@ def check_scale(scale: str) -> None:
     """Raises ValueError for one that is not there."""
     if scale not in SCALES:
         raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {scale!r}')
+
+
+def base_config(scale: str) -> train.Config:
+    """What the arms of a scale change."""
+    return configure(train.Config, SCALES[scale].arms)[0]
 
 
 # The arms
@@ -180,8 +185,7 @@ class Study:
     """A comparison as the command line names it, and what runs it. Raises runs.Stopped."""
 
     def __init__(self, cfg: Config, stop: list[int]):
-        self.cfg, self.stop, scale = cfg, stop, SCALES[cfg.scale]
-        base = configure(train.Config, scale.arms)[0]
+        self.cfg, self.stop, base = cfg, stop, base_config(cfg.scale)
         if cfg.batch:                           # more than 32 sequences in micro-batches of 32, of every arm
             size = math.gcd(cfg.batch, 32) if cfg.batch > 32 else cfg.batch
             base = replace(base, batch_size=size, grad_accum_steps=cfg.batch // size)
@@ -237,8 +241,7 @@ class Study:
                 return
             print('---', *key.values())
             base = replace(self.base, seed=seed, out_dir=folder, init_from=parent, learning_rate=lr,
-                           max_steps=steps,
-                           eval_interval=self.base.eval_interval * max(1, round(steps / self.base.max_steps)))
+                           max_steps=steps, eval_interval=max(self.base.eval_interval, steps // 10))
             row = run(self.arms[name], base, name in LEARNED, self.stop)
             add_row(self.cfg.results, key | self.origin(name, steps, lr, seed) | row)
             shutil.rmtree(folder)
@@ -359,8 +362,7 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
         meta, data = load_data(cfg.data_dir, cfg.block_size)
         row |= {'share': {layer: {domain: np.round(shares, 4).tolist() for domain, shares in of.items()}
                           for layer, of in last['share'].items()},
-                # none of a run that was cut and went on, nor of a mixture without a router
-                'entropy': entropy.noted if entropy.calls == calls and 'router' in str([*model.state_dict()]) else [],
+                'entropy': entropy.noted if entropy.calls == calls else [],     # none of a run that was cut
                 'learned': learned(model, cfg, meta, data['val'], device)}
     del model
     free()
@@ -407,12 +409,15 @@ def print_tables(cfg: Config) -> None:
     rows, known = read_rows(cfg.results), read_rows(COMMITTED) + read_rows(cfg.results)
     if cfg.arms:
         of = {'scale': cfg.scale, 'parent': cfg.init_from or cfg.parent or 'own'}
-        steps = configure(train.Config, SCALES[cfg.scale].arms)[0].max_steps * cfg.steps
+        steps = base_config(cfg.scale).max_steps * cfg.steps
         rows = [row for row in pick(rows, **of) if row['arm'] in cfg.arms.split(',')
                 and (row['steps'] == steps or row['clock'] in cfg.arms.split(','))]
     if not rows:
         die(f'{cfg.results} holds no such rows; python -m study.experiment makes them')
     print(tables(rows, known, read_rows(cfg.times, TIME_KEY)))
+    for scale in sorted({row['scale'] for row in rows} if not cfg.arms else ()):
+        missing = arms(base_config(scale)).keys() - {row['arm'] for row in pick(rows, scale=scale)}
+        print(f'\nNot run at all, {scale}: {", ".join(sorted(missing)) or "nothing"}.')
 
 
 def main(cfg: Config, stop: list[int]) -> None:
