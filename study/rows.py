@@ -232,7 +232,7 @@ def learned_line(name: str, layer: str, rows: list[dict], what: list[str]) -> li
     cells = [f'{name}, {layer}', '-' if end is None else ' '.join(f'{bits:.2f}' for bits in curve)]
     for each in what:
         bits, shuffled = np.mean([row['learned'][layer][each] for row in rows], axis=0)
-        cells.append(f'{bits:.2f} ({shuffled:.2f})')
+        cells.append(f'{bits:.2f} ({shuffled:.2f})' if bits else '-')
     return cells
 
 
