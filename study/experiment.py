@@ -59,7 +59,7 @@ class Scale(NamedTuple):
     arms: list[str]
 
 
-TINY = ['--device=cpu', '--dropout=0.0', '--eval_interval=50', '--save_interval=500']
+TINY = ['--device=cpu', '--eval_interval=50', '--save_interval=500']
 TOKENS = ['--data_dir=data/tokens4096', '--vocab_size=4096']
 GPT2 = ['--precision=bf16', '--dispatch=grouped', '--cuda_graph=True', '--dropout=0.1']
 GPT2_PARENT = ['config/parent_gpt2.py', *GPT2, '--data_dir=data/large_parent', '--batch_size=32',
@@ -92,21 +92,15 @@ class Config:
     times: str = 'study/times.json'         # where the ms per step are
 
     def __post_init__(self):
-        check_scale(self.scale)
+        if self.scale not in SCALES:
+            raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {self.scale!r}')
         if not self.seeds or self.steps < 1 or self.batch < 0 or self.parent not in ('', 'longer'):
-            raise ValueError('seeds must be at least one, steps at least 1, batch at least 0, and parent longer '
-                             "or ''")
+            raise ValueError("seeds must be at least one, steps at least 1, batch at least 0, parent longer or ''")
         for seed in self.seeds:
             train.Config(seed=seed)             # raises for one that no run can have
         for rate in filter(None, self.rates.split(',')):
             if not 0 < float(rate) < math.inf:
                 raise ValueError(f'rates must be numbers above 0, not {rate}')
-
-
-def check_scale(scale: str) -> None:
-    """Raises ValueError for one that is not there."""
-    if scale not in SCALES:
-        raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {scale!r}')
 
 
 def base_config(scale: str) -> train.Config:
@@ -134,46 +128,27 @@ class Arm(NamedTuple):
 
 def arms(base: train.Config) -> dict[str, Arm]:
     """Every arm of a scale: mixtures in the scale's own layers, and in all of them by the name with _all."""
-    two, dense = {'experts_per_token': 2}, {'moe_layers': ()}
-    unbalanced, everywhere = {'balance_coef': 0.0}, {'moe_layers': tuple(range(base.n_layer))}
+    two, dense, unbalanced = {'experts_per_token': 2}, {'moe_layers': ()}, {'balance_coef': 0.0}
+    kinds = {       # one expert per token, of a slice
+        'frozen': routers.Frozen, 'slow_router': routers.SlowRouter, 'embedding': routers.ReadsEmbedding,
+        'mean_expert': routers.MeanExpert, 'slow_experts': routers.SlowExperts, 'dropped': routers.Dropped,
+        'shared': routers.SharedParent, 'by_token': routers.ByToken, 'hash': routers.Hash,
+        'balanced': routers.BalancedHash, 'shared_balanced': routers.SharedBalanced, 'gated': routers.GatedHash,
+        'bigram': routers.Bigram, 'trigram': routers.Trigram,
+        'sliced2': routers.Sliced2, 'sliced4': routers.Sliced4, 'sliced8': routers.Sliced8,
+        'sliced_frozen': routers.SlicedFrozen, 'sliced_balanced2': routers.SlicedBalanced2,
+        'sliced_balanced4': routers.SlicedBalanced4, 'sliced_balanced8': routers.SlicedBalanced8,
+        'sliced_ngram': routers.SlicedNGram, 'sliced_ngram1212': routers.SlicedNGram1212,
+        'sliced_ngram2222': routers.SlicedNGram2222}
     mixtures = {
-        'top1': Arm(),
-        'top2': Arm(two),
-        'top2_of_2': Arm(two | {'n_experts': 2}),               # no choice: a wider MLP
-        'no_balance': Arm(unbalanced),
-        # learned routers and other experts
-        'frozen': Arm({}, routers.Frozen),
-        'frozen_top2': Arm(two, routers.Frozen),
-        'slow_router': Arm({}, routers.SlowRouter),
-        'embedding': Arm({}, routers.ReadsEmbedding),
-        'embedding_top2': Arm(two, routers.ReadsEmbedding),
+        'top1': Arm(), 'top2': Arm(two), 'no_balance': Arm(unbalanced),
+        'top2_of_2': Arm(two | {'n_experts': 2}),                       # no choice: a wider MLP
         'bias_balanced': Arm(unbalanced, routers.BiasBalanced),
         'bias_balanced_top2': Arm(two | unbalanced, routers.BiasBalanced),
-        'mean_expert': Arm({}, routers.MeanExpert),
-        'slow_experts': Arm({}, routers.SlowExperts),
-        'dropped': Arm({}, routers.Dropped),
-        'dropped_top2': Arm(two, routers.Dropped),
-        'shared': Arm({}, routers.SharedParent),
-        # hashes
-        'by_token': Arm({}, routers.ByToken),
-        'hash': Arm({}, routers.Hash),
-        'balanced': Arm({}, routers.BalancedHash),
-        'shared_balanced': Arm({}, routers.SharedBalanced),
-        'two_hashes': Arm(two, routers.TwoHashes),
-        'gated': Arm({}, routers.GatedHash),
-        'bigram': Arm({}, routers.Bigram),
-        'trigram': Arm({}, routers.Trigram),
-        # slices
-        'sliced2': Arm({}, routers.Sliced2),
-        'sliced4': Arm({}, routers.Sliced4),
-        'sliced8': Arm({}, routers.Sliced8),
-        'sliced_frozen': Arm({}, routers.SlicedFrozen),
-        'sliced_balanced2': Arm({}, routers.SlicedBalanced2),
-        'sliced_balanced4': Arm({}, routers.SlicedBalanced4),
-        'sliced_balanced8': Arm({}, routers.SlicedBalanced8),
-        'sliced_ngram': Arm({}, routers.SlicedNGram),
-        'sliced_ngram1212': Arm({}, routers.SlicedNGram1212),
-        'sliced_ngram2222': Arm({}, routers.SlicedNGram2222)}
+        'two_hashes': Arm(two, routers.TwoHashes)}
+    mixtures |= {name: Arm({}, kind) for name, kind in kinds.items()}
+    mixtures |= {f'{name}_top2': Arm(two, kinds[name]) for name in ('frozen', 'embedding', 'dropped')}
+    everywhere = {'moe_layers': tuple(range(base.n_layer))}
     in_all = {f'{name}_all': arm._replace(change=arm.change | everywhere) for name, arm in mixtures.items()}
     return ({'twin': Arm(dense)} | mixtures | in_all |
             {'ngram_embedding': Arm(dense, model=controls.NGramEmbedding), COUNTS: Arm(dense)})
@@ -341,6 +316,7 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     device = runs.pick_device(cfg.device)
     # under a CUDA graph it could not be read: that would wait for the device
     last = train.train(cfg, set(arm.change), arm.build, load_balance_loss if cfg.cuda_graph else entropy, stop)
+    free()                                                          # what has trained, before what is looked at
     ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
     saved = runs.load(ckpt)
     if any(getattr(cfg, key) != value for key, value in saved['split'].items()):

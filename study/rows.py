@@ -279,7 +279,7 @@ def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
                                 for layer in its[0]['learned']])]
     arms = {row['arm'].removesuffix('_all'): row['what'] for row in rows if row['arm'] != COUNTS}
     what = [[name, said] for name, said in sorted(arms.items())]
-    parts.append(markdown(['arm (_all: in all layers)', 'what it is'], what))
+    parts.append(markdown(['arm (_all: in all layers)', 'what it is (classes: `study/routers.py`)'], what))
     return '\n\n'.join([*parts, *not_run(rows, known)])
 
 

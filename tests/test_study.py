@@ -154,7 +154,10 @@ def test_an_experiment_brackets_rates_runs_seeds_and_its_rows_can_be_made_again(
     assert all(len(each) == 1 for each in parents.values()) and parents[0] != parents[1]
     assert not list(Path('out/experiment').glob('tiny_*_own*/*')) and Path('out/experiment/tiny_parent_1').exists()
 
-    again = rows[-1]
+    for seed in parents:
+        assert json.loads(Path(f'out/experiment/tiny_parent_{seed}/run.json').read_text())['config']['seed'] == seed
+
+    again = next(row for row in rows if row['seed'] == 1)
     flags = [flag for flag in again['command'].split()[3:] if '=' in flag]
     cfg, _ = configure(experiment.Config, [*flags, '--results=again.json'])
     experiment.main(cfg, [])
