@@ -355,7 +355,7 @@ def free() -> None:
 def machine(device: str) -> str:
     where = f'CPU, {torch.get_num_threads()} threads'
     if device.startswith('cuda'):
-        where = torch.cuda.get_device_name()
+        where = 'an ' + ' '.join(torch.cuda.get_device_name().split()[:2])
     return f'{where}, torch {torch.__version__}, Python {platform.python_version()}'
 
 
@@ -386,8 +386,7 @@ def print_tables(cfg: Config) -> None:
     if cfg.arms:
         of = {'scale': cfg.scale, 'parent': cfg.init_from or cfg.parent or 'own'}
         steps = base_config(cfg.scale).max_steps * cfg.steps
-        rows = [row for row in pick(rows, **of) if row['arm'] in cfg.arms.split(',')
-                and (row['steps'] == steps or row['clock'] in cfg.arms.split(','))]
+        rows = [row for row in pick(rows, **of, steps=steps) if row['arm'] in cfg.arms.split(',')]
     if not rows:
         die(f'{cfg.results} holds no such rows; python -m study.experiment makes them')
     print(tables(rows, known, read_rows(cfg.times, TIME_KEY)))
@@ -403,10 +402,11 @@ def main(cfg: Config, stop: list[int]) -> None:
     core = not cfg.arms
     if core:
         cfg = replace(cfg, arms=CORE, results=CORE_ROWS if cfg.results == COMMITTED else cfg.results)
+    table = arms(base_config(cfg.scale))
+    names = list(table) if cfg.arms == 'all' else cfg.arms.split(',')
+    if unknown := {*names} - {*table}:
+        die(f'there is no arm {min(unknown)}; the arms are {", ".join(table)}')
     study = Study(cfg, stop)
-    names = list(study.arms) if cfg.arms == 'all' else cfg.arms.split(',')
-    if unknown := {*names} - {*study.arms}:
-        die(f'there is no arm {min(unknown)}; the arms are {", ".join(study.arms)}')
     if cfg.time:
         return study.time([name for name in names if name != COUNTS])
     for name in names:
