@@ -353,7 +353,8 @@ def free() -> None:
 
 
 def machine(device: str) -> str:
-    where = f'CPU, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    where = f'CPU, {threads} thread' + 's' * (threads > 1)
     if device.startswith('cuda'):
         where = 'an ' + ' '.join(torch.cuda.get_device_name().split()[:2])
     return f'{where}, torch {torch.__version__}, Python {platform.python_version()}'
