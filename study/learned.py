@@ -177,4 +177,5 @@ def main(cfg: Config) -> None:
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # study.learned | head just ends
     main(configure(Config, sys.argv[1:])[0])
