@@ -116,7 +116,7 @@ def draw_lead(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
         ends.append((steps[-1], numbers.mean(axis=0)[-1], name, colour))
     if not ends:
         return None
-    axis.axhline(0, color='grey', lw=0.8)
+    axis.plot((0, ends[0][0]), (0, 0), color='grey', lw=0.8)
     axis.set(xlabel='step', ylabel='validation loss less the twin\'s')
     label_ends(axis, [*ends, (ends[0][0], 0.0, 'twin', 'grey')])
     return figure

@@ -59,13 +59,13 @@ class Scale(NamedTuple):
     arms: list[str]
 
 
-TINY = ['--device=cpu', '--dropout=0.0', '--eval_interval=50', '--save_interval=500']
+TINY = ['--device=cpu', '--eval_interval=50', '--save_interval=500']
 TOKENS = ['--data_dir=data/tokens4096', '--vocab_size=4096']
 GPT2 = ['--precision=bf16', '--dispatch=grouped', '--cuda_graph=True', '--dropout=0.1']
 GPT2_PARENT = ['config/parent_gpt2.py', *GPT2, '--data_dir=data/large_parent', '--batch_size=32',
                '--grad_accum_steps=2', '--max_steps=3100', '--eval_interval=1000', '--save_interval=1000']
 GPT2_ARMS = ['config/moe_gpt2.py', *GPT2, '--batch_size=8', '--grad_accum_steps=1', f'--max_steps={SHORT["gpt2"]}',
-             '--learning_rate=6e-4', '--eval_windows=96', '--eval_interval=250', '--save_interval=2000']
+             '--learning_rate=6e-4', '--eval_windows=96', '--eval_interval=500', '--save_interval=5000']
 TINY_ARMS = ['config/tiny.py', *TINY, '--experts_per_token=1', '--learning_rate=4e-3']
 SCALES = {
     'tiny': Scale('tiny', ['config/tiny_dense.py', *TINY], TINY_ARMS),
@@ -92,10 +92,10 @@ class Config:
     times: str = 'study/times.json'         # where the ms per step are
 
     def __post_init__(self):
-        check_scale(self.scale)
+        if self.scale not in SCALES:
+            raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {self.scale!r}')
         if not self.seeds or self.steps < 1 or self.batch < 0 or self.parent not in ('', 'longer'):
-            raise ValueError('seeds must be at least one, steps at least 1, batch at least 0, and parent longer '
-                             "or ''")
+            raise ValueError("seeds must be at least one, steps at least 1, batch at least 0, parent longer or ''")
         for seed in self.seeds:
             train.Config(seed=seed)             # raises for one that no run can have
         for rate in filter(None, self.rates.split(',')):
@@ -103,10 +103,9 @@ class Config:
                 raise ValueError(f'rates must be numbers above 0, not {rate}')
 
 
-def check_scale(scale: str) -> None:
-    """Raises ValueError for one that is not there."""
-    if scale not in SCALES:
-        raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {scale!r}')
+def base_config(scale: str) -> train.Config:
+    """What the arms of a scale change."""
+    return configure(train.Config, SCALES[scale].arms)[0]
 
 
 # The arms
@@ -129,46 +128,27 @@ class Arm(NamedTuple):
 
 def arms(base: train.Config) -> dict[str, Arm]:
     """Every arm of a scale: mixtures in the scale's own layers, and in all of them by the name with _all."""
-    two, dense = {'experts_per_token': 2}, {'moe_layers': ()}
-    unbalanced, everywhere = {'balance_coef': 0.0}, {'moe_layers': tuple(range(base.n_layer))}
+    two, dense, unbalanced = {'experts_per_token': 2}, {'moe_layers': ()}, {'balance_coef': 0.0}
+    kinds = {       # one expert per token, of a slice
+        'frozen': routers.Frozen, 'slow_router': routers.SlowRouter, 'embedding': routers.ReadsEmbedding,
+        'mean_expert': routers.MeanExpert, 'slow_experts': routers.SlowExperts, 'dropped': routers.Dropped,
+        'shared': routers.SharedParent, 'by_token': routers.ByToken, 'hash': routers.Hash,
+        'balanced': routers.BalancedHash, 'shared_balanced': routers.SharedBalanced, 'gated': routers.GatedHash,
+        'bigram': routers.Bigram, 'trigram': routers.Trigram,
+        'sliced2': routers.Sliced2, 'sliced4': routers.Sliced4, 'sliced8': routers.Sliced8,
+        'sliced_frozen': routers.SlicedFrozen, 'sliced_balanced2': routers.SlicedBalanced2,
+        'sliced_balanced4': routers.SlicedBalanced4, 'sliced_balanced8': routers.SlicedBalanced8,
+        'sliced_ngram': routers.SlicedNGram, 'sliced_ngram1212': routers.SlicedNGram1212,
+        'sliced_ngram2222': routers.SlicedNGram2222}
     mixtures = {
-        'top1': Arm(),
-        'top2': Arm(two),
-        'top2_of_2': Arm(two | {'n_experts': 2}),               # no choice: a wider MLP
-        'no_balance': Arm(unbalanced),
-        # learned routers and other experts
-        'frozen': Arm({}, routers.Frozen),
-        'frozen_top2': Arm(two, routers.Frozen),
-        'slow_router': Arm({}, routers.SlowRouter),
-        'embedding': Arm({}, routers.ReadsEmbedding),
-        'embedding_top2': Arm(two, routers.ReadsEmbedding),
+        'top1': Arm(), 'top2': Arm(two), 'no_balance': Arm(unbalanced),
+        'top2_of_2': Arm(two | {'n_experts': 2}),                       # no choice: a wider MLP
         'bias_balanced': Arm(unbalanced, routers.BiasBalanced),
         'bias_balanced_top2': Arm(two | unbalanced, routers.BiasBalanced),
-        'mean_expert': Arm({}, routers.MeanExpert),
-        'slow_experts': Arm({}, routers.SlowExperts),
-        'dropped': Arm({}, routers.Dropped),
-        'dropped_top2': Arm(two, routers.Dropped),
-        'shared': Arm({}, routers.SharedParent),
-        # hashes
-        'by_token': Arm({}, routers.ByToken),
-        'hash': Arm({}, routers.Hash),
-        'balanced': Arm({}, routers.BalancedHash),
-        'shared_balanced': Arm({}, routers.SharedBalanced),
-        'two_hashes': Arm(two, routers.TwoHashes),
-        'gated': Arm({}, routers.GatedHash),
-        'bigram': Arm({}, routers.Bigram),
-        'trigram': Arm({}, routers.Trigram),
-        # slices
-        'sliced2': Arm({}, routers.Sliced2),
-        'sliced4': Arm({}, routers.Sliced4),
-        'sliced8': Arm({}, routers.Sliced8),
-        'sliced_frozen': Arm({}, routers.SlicedFrozen),
-        'sliced_balanced2': Arm({}, routers.SlicedBalanced2),
-        'sliced_balanced4': Arm({}, routers.SlicedBalanced4),
-        'sliced_balanced8': Arm({}, routers.SlicedBalanced8),
-        'sliced_ngram': Arm({}, routers.SlicedNGram),
-        'sliced_ngram1212': Arm({}, routers.SlicedNGram1212),
-        'sliced_ngram2222': Arm({}, routers.SlicedNGram2222)}
+        'two_hashes': Arm(two, routers.TwoHashes)}
+    mixtures |= {name: Arm({}, kind) for name, kind in kinds.items()}
+    mixtures |= {f'{name}_top2': Arm(two, kinds[name]) for name in ('frozen', 'embedding', 'dropped')}
+    everywhere = {'moe_layers': tuple(range(base.n_layer))}
     in_all = {f'{name}_all': arm._replace(change=arm.change | everywhere) for name, arm in mixtures.items()}
     return ({'twin': Arm(dense)} | mixtures | in_all |
             {'ngram_embedding': Arm(dense, model=controls.NGramEmbedding), COUNTS: Arm(dense)})
@@ -180,8 +160,7 @@ class Study:
     """A comparison as the command line names it, and what runs it. Raises runs.Stopped."""
 
     def __init__(self, cfg: Config, stop: list[int]):
-        self.cfg, self.stop, scale = cfg, stop, SCALES[cfg.scale]
-        base = configure(train.Config, scale.arms)[0]
+        self.cfg, self.stop, base = cfg, stop, base_config(cfg.scale)
         if cfg.batch:                           # more than 32 sequences in micro-batches of 32, of every arm
             size = math.gcd(cfg.batch, 32) if cfg.batch > 32 else cfg.batch
             base = replace(base, batch_size=size, grad_accum_steps=cfg.batch // size)
@@ -237,8 +216,7 @@ class Study:
                 return
             print('---', *key.values())
             base = replace(self.base, seed=seed, out_dir=folder, init_from=parent, learning_rate=lr,
-                           max_steps=steps,
-                           eval_interval=self.base.eval_interval * max(1, round(steps / self.base.max_steps)))
+                           max_steps=steps, eval_interval=max(self.base.eval_interval, steps // 10))
             row = run(self.arms[name], base, name in LEARNED, self.stop)
             add_row(self.cfg.results, key | self.origin(name, steps, lr, seed) | row)
             shutil.rmtree(folder)
@@ -335,6 +313,7 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     device = runs.pick_device(cfg.device)
     # under a CUDA graph it could not be read: that would wait for the device
     last = train.train(cfg, set(arm.change), arm.build, load_balance_loss if cfg.cuda_graph else entropy, stop)
+    free()                                                          # what has trained, before what is looked at
     ckpt = os.path.join(cfg.out_dir, 'ckpt.pt')
     saved = runs.load(ckpt)
     if any(getattr(cfg, key) != value for key, value in saved['split'].items()):
@@ -356,8 +335,7 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
         meta, data = load_data(cfg.data_dir, cfg.block_size)
         row |= {'share': {layer: {domain: np.round(shares, 4).tolist() for domain, shares in of.items()}
                           for layer, of in last['share'].items()},
-                # none of a run that was cut and went on, nor of a mixture without a router
-                'entropy': entropy.noted if entropy.calls == calls and 'router' in str([*model.state_dict()]) else [],
+                'entropy': entropy.noted if entropy.calls == calls else [],     # none of a run that was cut
                 'learned': learned(model, cfg, meta, data['val'], device)}
     del model
     free()
@@ -372,9 +350,10 @@ def free() -> None:
 
 
 def machine(device: str) -> str:
-    where = f'CPU, {torch.get_num_threads()} threads'
+    threads = torch.get_num_threads()
+    where = f'CPU, {threads} thread' + 's' * (threads > 1)
     if device.startswith('cuda'):
-        where = torch.cuda.get_device_name()
+        where = 'an ' + ' '.join(torch.cuda.get_device_name().split()[:2])
     return f'{where}, torch {torch.__version__}, Python {platform.python_version()}'
 
 
@@ -404,12 +383,14 @@ def print_tables(cfg: Config) -> None:
     rows, known = read_rows(cfg.results), read_rows(COMMITTED) + read_rows(cfg.results)
     if cfg.arms:
         of = {'scale': cfg.scale, 'parent': cfg.init_from or cfg.parent or 'own'}
-        steps = configure(train.Config, SCALES[cfg.scale].arms)[0].max_steps * cfg.steps
-        rows = [row for row in pick(rows, **of) if row['arm'] in cfg.arms.split(',')
-                and (row['steps'] == steps or row['clock'] in cfg.arms.split(','))]
+        steps = base_config(cfg.scale).max_steps * cfg.steps
+        rows = [row for row in pick(rows, **of, steps=steps) if row['arm'] in cfg.arms.split(',')]
     if not rows:
         die(f'{cfg.results} holds no such rows; python -m study.experiment makes them')
     print(tables(rows, known, read_rows(cfg.times, TIME_KEY)))
+    for scale in sorted({row['scale'] for row in rows} if not cfg.arms else ()):
+        missing = arms(base_config(scale)).keys() - {row['arm'] for row in pick(rows, scale=scale)}
+        print(f'\nNot run at all, {scale}: {", ".join(sorted(missing)) or "nothing"}.')
 
 
 def main(cfg: Config, stop: list[int]) -> None:
@@ -419,10 +400,11 @@ def main(cfg: Config, stop: list[int]) -> None:
     core = not cfg.arms
     if core:
         cfg = replace(cfg, arms=CORE, results=CORE_ROWS if cfg.results == COMMITTED else cfg.results)
+    table = arms(base_config(cfg.scale))
+    names = list(table) if cfg.arms == 'all' else cfg.arms.split(',')
+    if unknown := {*names} - {*table}:
+        die(f'there is no arm {min(unknown)}; the arms are {", ".join(table)}')
     study = Study(cfg, stop)
-    names = list(study.arms) if cfg.arms == 'all' else cfg.arms.split(',')
-    if unknown := {*names} - {*study.arms}:
-        die(f'there is no arm {min(unknown)}; the arms are {", ".join(study.arms)}')
     if cfg.time:
         return study.time([name for name in names if name != COUNTS])
     for name in names:

@@ -84,12 +84,18 @@ def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
     return float((p[there] * np.log2(p[there] / independent[there])).sum())
 
 
-class Entropy:
-    """A balance loss that notes the entropy of the router's probabilities every now and then.
+def entropy(probs: Tensor, n_experts: int) -> Tensor:
+    """Of a router's probabilities (..., N, E), in bits: the mean over the tokens (...). At most log2 E.
 
-    noted: for each noted micro-batch the mean over its tokens, in bits, of each layer. It is at most log2 E.
-    Slices have one softmax each: theirs is the mean over the slices.
+    Slices have a softmax each, their probabilities the sum 1 together: it is the mean over the slices.
     """
+    bits = torch.special.entr(probs).sum(dim=-1).mean(dim=-1) / math.log(2)
+    return bits - math.log2(probs.shape[-1] // n_experts)
+
+
+class Entropy:
+    """A balance loss that notes the router's entropy in each layer every now and then, as training sees it,
+    with noise. It waits for the device, which a CUDA graph cannot hold: GPT-2's scales go without."""
 
     def __init__(self, loss: Callable[[Routing], Tensor], n_experts: int, every: int):
         self.loss, self.n_experts, self.every, self.calls, self.noted = loss, n_experts, every, 0, []
@@ -97,9 +103,7 @@ class Entropy:
     def __call__(self, routing: Routing) -> Tensor:
         """The layers' stacked routing -> (layers,)."""
         if self.calls % self.every == 0:
-            bits = torch.special.entr(routing.probs.detach()).sum(dim=-1).mean(dim=-1) / math.log(2)    # (layers,)
-            slices = routing.probs.shape[-1] // self.n_experts      # their probabilities have the sum 1 together
-            self.noted.append([round(b - math.log2(slices), 4) for b in bits.tolist()])
+            self.noted.append([round(bits, 4) for bits in entropy(routing.probs.detach(), self.n_experts).tolist()])
         self.calls += 1
         return self.loss(routing)
 
@@ -108,14 +112,13 @@ class Entropy:
 def learned(model: GPT, cfg: train.Config, meta: dict, data: dict[str, np.ndarray],
             device: str) -> dict:
     """{layer: {'domain', 'token', 'kind': [bits that a mixture's first choice tells of it, bits of
-    shuffled choices], 'tokens': for each expert the ten that it takes most}}, over an evaluation's windows.
-
-    Of a sliced mixture the first choice is the first slice's.
+    shuffled choices], 'entropy': of its router, None without one, 'tokens': for each expert the ten that it
+    takes most}}, over an evaluation's windows. Of a sliced mixture the first choice is the first slice's.
     """
     encoding = get_encoding(meta['encoding'])
     ids = np.array(meta.get('ids', range(encoding.n_vocab)))        # what the data's ids are in the encoding
     domain, token, kind = [], [], []
-    chosen = {layer: [] for layer in model.mixtures()}
+    chosen, bits_at = ({layer: [] for layer in model.mixtures()} for _ in range(2))
     model.eval()
     for name, tokens in data.items():
         kinds = token_kinds(ids[tokens], encoding) if name == 'code' else [''] * len(tokens)
@@ -126,6 +129,7 @@ def learned(model: GPT, cfg: train.Config, meta: dict, data: dict[str, np.ndarra
             x, _ = train.windows([(tokens, start)], cfg, device)
             for layer, routing in model(x)[2].items():
                 chosen[layer] += routing.experts[:, 0].tolist()
+                bits_at[layer].append(entropy(routing.probs, cfg.n_experts).item())
     domain, token, kind = np.array(domain), np.array(token), np.array(kind)
     known = np.isin(kind, KINDS)
     result = {}
@@ -137,6 +141,8 @@ def learned(model: GPT, cfg: train.Config, meta: dict, data: dict[str, np.ndarra
                                  ('kind', kind, known)):
             bits = [mutual_information(what[rows], choice[rows]) for choice in (experts, shuffled)]
             facts[name] = [round(n, 4) for n in bits]
+        has_router = any('router' in parameter for parameter, _ in model.mixtures()[layer].named_parameters())
+        facts['entropy'] = round(float(np.mean(bits_at[layer])), 4) if has_router else None
         facts['tokens'] = [most_taken(token[experts == e], token, encoding) for e in range(cfg.n_experts)]
         result[str(layer)] = facts
     return result
@@ -171,4 +177,5 @@ def main(cfg: Config) -> None:
 
 if __name__ == '__main__':
     sys.stdout.reconfigure(errors='replace')
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # study.learned | head just ends
     main(configure(Config, sys.argv[1:])[0])

@@ -63,7 +63,7 @@ def pick(rows: list[dict], **what) -> list[dict]:
 def comparisons(rows: list[dict]) -> list[dict]:
     """What the rows of each table share. A twin by the clock makes none of its own."""
     found = {itemgetter(*COMPARISON)(row) for row in rows if not row['clock']}
-    return [dict(zip(COMPARISON, values)) for values in sorted(found, reverse=True)]
+    return [dict(zip(COMPARISON, values)) for values in sorted(found, key=lambda of: (of[0] != 'tiny', of))]
 
 
 # Learning rates: brackets are of seed 0
@@ -211,7 +211,7 @@ def rates_cell(losses: dict[float, float], result: Result) -> str:
 def loss_cell(rows: list[dict]) -> str:
     """The mean over seeds, then each domain's."""
     domains = [f'{name} {fmean(row["val"][name] for row in rows):.3f}' for name in rows[0]['val']]
-    return f'**{fmean(row["val_mean"] for row in rows):.4f}** ({", ".join(domains)}; {len(rows)} seeds)'
+    return f'**{fmean(row["val_mean"] for row in rows):.4f}** ({", ".join(domains)}; runs: {len(rows)})'
 
 
 def cost_cell(name: str, row: dict, times: list[dict]) -> str:
@@ -227,12 +227,12 @@ def cost_cell(name: str, row: dict, times: list[dict]) -> str:
 
 def learned_line(name: str, layer: str, rows: list[dict], what: list[str]) -> list[str]:
     """A mixture's line of what its choices tell."""
-    at = list(rows[0]['learned']).index(layer)
-    curve = [noted[at] for noted in rows[0]['entropy']]
-    cells = [f'{name}, {layer}', ' '.join(f'{bits:.2f}' for bits in curve) or '-']
+    at, end = list(rows[0]['learned']).index(layer), rows[0]['learned'][layer]['entropy']
+    curve = [noted[at] for noted in rows[0]['entropy']] + [end]
+    cells = [f'{name}, {layer}', '-' if end is None else ' '.join(f'{bits:.2f}' for bits in curve)]
     for each in what:
         bits, shuffled = np.mean([row['learned'][layer][each] for row in rows], axis=0)
-        cells.append(f'{bits:.2f} ({shuffled:.2f})')
+        cells.append(f'{bits:.2f} ({shuffled:.2f})' if bits else '-')
     return cells
 
 
@@ -247,9 +247,11 @@ def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
         every = pick(rows, **of)
         twins = found['twin'].rows if 'twin' in found else []
         hours = sum(row.get('seconds', 0) for row in every) / 3600
+        short = SHORT.get(of['scale'], of['steps'])
         parts += ['**{scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}, data {data}:** '.format(**of) +
                   f'{len(every)} runs, {hours:.1f} hours of steps; ' +
-                  '; '.join(sorted({row['machine'] for row in every})) + f'. Intervals: {rest_on}.']
+                  '; '.join(sorted({row['machine'] for row in every})) + f'. Intervals: {rest_on}.' +
+                  f' Rates are those of {short:,} steps.' * (short != of['steps'])]
         parts.append(markdown(
             ['arm', 'rate: loss, seed 0', 'loss at the best rate', 'to the twin; per seed',
              'M parameters: active of all; a step, x twin'],
@@ -269,15 +271,15 @@ def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
         seen = {name: r.rows for name, r in found.items() if r.rows[0].get('learned')}
         if seen:
             what = ['domain', 'token', 'kind']
-            parts += ["The router's entropy over the steps (bits, of log2 of the experts), and the bits that the first "
-                      'choice tells of domain, token and, in code, kind of Python token (in brackets: of shuffled '
-                      'choices):',
+            parts += ["The router's entropy over a seed's training and, last, on the validation text (bits, at most "
+                      'log2 of the experts), and the bits that the first choice tells of domain, token and, in code, '
+                      'kind of Python token (in brackets: of shuffled choices):',
                       markdown(['arm, layer', 'entropy', *what],
                                [learned_line(name, layer, its, what) for name, its in seen.items()
                                 for layer in its[0]['learned']])]
     arms = {row['arm'].removesuffix('_all'): row['what'] for row in rows if row['arm'] != COUNTS}
     what = [[name, said] for name, said in sorted(arms.items())]
-    parts.append(markdown(['arm (_all: in all layers)', 'what it is'], what))
+    parts.append(markdown(['arm (_all: in all layers)', 'what it is (classes: `study/routers.py`)'], what))
     return '\n\n'.join([*parts, *not_run(rows, known)])
 
 

@@ -1,6 +1,6 @@
 """The study's routers do what they say, start as their parent, look back only, and go on bit for bit."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -98,7 +98,8 @@ def steps(model: GPT, optimizer: torch.optim.Optimizer, numbers: range, dispatch
 
 
 @every_router
-def test_every_router_goes_on_bit_for_bit_from_its_weights_and_those_of_the_optimizer(kind):
+def test_every_router_goes_on_bit_for_bit_from_its_weights_and_those_of_the_optimizer(kind, monkeypatch):
+    monkeypatch.setattr(routers.BiasBalanced, 'rate', 0.3)          # or two steps change no choice
     whole, cut, later = (upcycled(kind, seed) for seed in (0, 0, 1))
     optimizers = [torch.optim.AdamW(model.parameters(), lr=0.03) for model in (whole, cut, later)]
     steps(whole, optimizers[0], range(4))
@@ -111,43 +112,48 @@ def test_every_router_goes_on_bit_for_bit_from_its_weights_and_those_of_the_opti
 
 
 @needs_grouped
-@pytest.mark.parametrize('k', [1, 2])
 @every_router
-def test_every_router_trains_alike_with_one_product_for_all_experts(kind, k):
+def test_every_router_trains_alike_with_one_product_for_all_experts(kind):
     trained = []
     for dispatch in (sorted_loop, grouped):     # by SGD, for which no gradient and one of zero are the same
-        model = upcycled(kind, config=replace(SHAPE, experts_per_token=k))
-        steps(model, torch.optim.SGD(model.parameters(), lr=0.3), range(3), dispatch)
+        model = upcycled(kind, config=replace(SHAPE, experts_per_token=2))
+        steps(model, torch.optim.SGD(model.parameters(), lr=0.3), range(2), dispatch)
         trained.append(model.state_dict())
     for name, p in trained[0].items():
         torch.testing.assert_close(trained[1][name], p, rtol=1e-4, atol=1e-5, msg=name)
 
 
-class NoTensorFromPython(TorchDispatchMode):
-    """torch.tensor(...) copies from the host: a graph would hold the copy's source, which is gone."""
+@dataclass
+class Watch(TorchDispatchMode):
+    """Fails on torch.tensor(...), which copies from the host what a graph would not have, and on bf16."""
+    bf16: bool                                                      # allowed
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
         assert function is not torch.ops.aten.lift_fresh.default, 'a tensor is made from Python data'
-        return function(*args, **kwargs or {})
+        assert self.bf16 or getattr(result, 'dtype', None) is not torch.bfloat16, f'{function} is in bf16'
+        return result
 
 
-def forward_without_data(model: GPT, dispatch, k: int) -> None:
+def forward_without_data(model: GPT, dispatch) -> None:
     """A mixture's forward pass on tensors that have a shape alone: what asks for their data raises."""
-    moe, noise = model.h[0].mlp, torch.zeros(())
-    moe.dispatch = dispatch
-    with NoTensorFromPython(), torch.autocast('cpu', torch.bfloat16):
-        y, routing = moe(torch.zeros(2, 8, 16), torch.zeros(2, 10, dtype=torch.long), noise)
-    assert y.shape == (2, 8, 16) and {t.dtype for t in routing[:3]} == {torch.float32}
+    moe, x, ids = model.h[0].mlp, torch.zeros(2, 8, 16), torch.zeros(2, 10, dtype=torch.long)
+    moe.dispatch, noise = dispatch, torch.zeros(())
+    with torch.autocast('cpu', torch.bfloat16):
+        with Watch(bf16=False):
+            moe.route(x.flatten(0, 1), ids, noise)
+        with Watch(bf16=True):
+            assert moe(x, ids, noise)[0].shape == x.shape
 
 
 @needs_grouped
 @every_router
 def test_no_router_makes_the_host_wait_for_the_device_and_all_choose_in_fp32(kind):
     with FakeTensorMode():
-        forward_without_data(routers.build(SHAPE, kind), grouped, 1)
+        forward_without_data(routers.build(SHAPE, kind), grouped)
         if kind is MoE:
             with pytest.raises(DataDependentOutputException):
-                forward_without_data(routers.build(SHAPE, kind), sorted_loop, 1)
+                forward_without_data(routers.build(SHAPE, kind), sorted_loop)
 
 
 @pytest.fixture
@@ -209,6 +215,16 @@ def test_a_frozen_router_chooses_as_it_was_drawn_and_learns_nothing():
     (y.sum() + load_balance_loss(routing)).backward()
     used = frozen.experts[int(routing.experts[0, 0])]
     assert frozen.router.weight.grad is None and used.c_fc.weight.grad.any()
+
+
+def test_the_embeddings_reader_scores_the_tokens_own_row_and_teaches_it_nothing():
+    model, ids = upcycled(routers.ReadsEmbedding), torch.tensor([[-1, -1, 3, 1, 4, 1, 5]])
+    moe, rows = model.h[0].mlp, model.wte.weight[ids[0, 2:]].detach()
+    rows = (rows - rows.mean(dim=1, keepdim=True)) / rows.std(dim=1, keepdim=True, correction=0)
+    scores = moe.score(torch.randn(5, 16), ids)
+    torch.testing.assert_close(scores, rows @ moe.router.weight.T, rtol=1e-3, atol=1e-3)
+    scores.sum().backward()
+    assert model.wte.weight.grad is None and moe.router.weight.grad.any()
 
 
 @pytest.mark.parametrize('kind, slow, rate', [
@@ -344,11 +360,14 @@ def test_slices_are_mixtures_of_their_own_whose_outputs_are_added(kind):
     assert routing.counts.tolist() == [n for _, of in alone for n in of.counts.tolist()]
     balance = sum(load_balance_loss(of) for _, of in alone) / len(alone)
     torch.testing.assert_close(load_balance_loss(routing), balance)
+    said = {'SlicedNGram': '1232'}.get(kind.__name__) or kind.__name__[len(kind.__name__.rstrip('0123456789')):] or '4'
+    expected = [int(n) for n in said] if len(said) == 4 else [1] * int(said)
+    assert [getattr(part, 'n', 1) for part in moe.slices] == expected           # how many ids they read
 
 
 def test_after_a_step_each_slice_hears_of_its_own_experts():
     class Two(routers.Sliced):
         kinds = MoE, routers.BiasBalanced
     two = Two(SHAPE)
-    two.after_step(torch.tensor([9, 0, 0, 0, 5, 1, 1, 1]))
-    assert two.slices[1].bias.tolist() == pytest.approx([-0.001, 0.001, 0.001, 0.001])
+    two.after_step(torch.tensor([9, 0, 0, 0, 1, 5, 1, 1]))
+    assert two.slices[1].bias.tolist() == pytest.approx([0.001, -0.001, 0.001, 0.001])
