@@ -10,11 +10,13 @@ same memory, so
     nothing may wait for the device, as dispatch='loop' does to learn how many tokens each expert got
 
     python train.py config/fast_gpt2.py         sets cuda_graph=True
+    python -m scale.graph                       needs an NVIDIA GPU
 
 Dropout and noise come from the seed that torch.manual_seed set before the replay. They are not the plain
 loop's, which draws no noise once its size is 0. (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -22,7 +24,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import Routing
+from model import GPT, GPTConfig, Routing
+from scale import milliseconds
 
 
 def record(work: Callable, model: nn.Module) -> tuple[Callable, Callable]:
@@ -91,3 +94,28 @@ class Forward:
         reduction is 'none', as in evaluation's other calls."""
         lm, *counts = self.graph(x, y)
         return None, lm, {i: Routing(None, None, None, None, c) for i, c in zip(self.layers, counts)}
+
+
+if __name__ == '__main__':
+    if not torch.cuda.is_available():
+        sys.exit('a CUDA graph needs an NVIDIA GPU, and this machine has none')
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=256, vocab_size=256, n_layer=12, n_head=4, n_embd=256)).cuda()
+    idx = torch.randint(256, (2, 256), device='cuda')
+
+    def passes(x: Tensor) -> tuple[Tensor]:
+        loss = gpt(x, x)[1]
+        loss.backward()
+        return loss.detach(),
+
+    clean = partial(gpt.zero_grad, set_to_none=False)
+    graph, results = Graph(passes, clean), []
+    graph(idx)                                          # recorded, and replayed once
+    for way in passes, graph:
+        clean()
+        results.append((*way(idx), *(p.grad.clone() for p in gpt.parameters())))
+    apart = max((a - b).norm() / a.norm() for a, b in zip(*results))
+    print('forward and backward of a GPT, 12 layers, 256 channels, 512 tokens\n'
+          f'  largest relative difference of loss and gradients: {apart:.1e}\n'
+          f'  launched one by one {milliseconds(lambda: passes(idx)):.2f} ms, as one graph '
+          f'{milliseconds(lambda: graph(idx)):.2f} ms')
