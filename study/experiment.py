@@ -133,6 +133,7 @@ def arms(base: train.Config) -> dict[str, Arm]:
         'no_expert_noise': Arm({'expert_noise': 0.0}, of_top1),
         'twin_1.25_steps': Arm(dense | {'max_steps': round(1.25 * steps)}, of_top1),
         'quarters': Arm(quarters, of_top1),
+        'capacity': Arm({'dispatch': 'capacity'}, of_top1),                 # at 1.25, dropping the rest
         'top2_frozen_router': Arm(two, of_top2, routers.Frozen),
         'top2_of_2': Arm(two | {'n_experts': 2}, of_top2),              # no choice: a wider MLP
         'step_balance': Arm(quarters, ('quarters',), step_balance=True),

@@ -1,7 +1,4 @@
-"""Every dispatch is Mistral's loop: the same outputs, gradients and dropout. A new one is a line in DISPATCHES.
-
-And what a fixed capacity costs: an answer that depends on the other sequences of its batch.
-"""
+"""Every dispatch is Mistral's loop: the same outputs, gradients and dropout. A new one is a line in DISPATCHES."""
 
 import importlib.util
 from dataclasses import replace
@@ -13,9 +10,9 @@ import torch.nn.functional as F
 
 import runs
 import train
-from conftest import Logged, log, refused
-from model import GPT, GPTConfig, MoE, sorted_loop
-from scale.capacity import capacity, overflow
+from conftest import log
+from model import GPT, GPTConfig, sorted_loop
+from scale.capacity import capacity
 from scale.grouped import grouped
 
 if no_triton := not importlib.util.find_spec('triton') and 'triton is not installed: pip install triton':
@@ -94,63 +91,21 @@ def test_every_dispatch_is_mistrals_loop_where_no_gradient_counts_as_zero(
         assert (mine - other).norm() <= tolerance * other.norm() and (other.norm() > 0) == (not idle), name
 
 
+@pytest.mark.parametrize('name, function', [
+    ('loop', sorted_loop), ('grouped', grouped), ('capacity', capacity),
+    pytest.param('triton', fused, marks=pytest.mark.skipif(fused is None, reason=str(no_triton)))])
+def test_a_run_sets_the_dispatch_that_its_key_names(name, function, cfg):
+    model, c = GPT(cfg), replace(cfg, dispatch=name, capacity_factor=3.0)
+    runs.set_up_model(model, c, 'cpu')
+    dispatch = model.h[1].mlp.dispatch
+    assert getattr(dispatch, 'func', dispatch) is function
+    assert name != 'capacity' or dispatch.keywords == {'factor': 3.0}
+
+
 @pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
 def test_a_run_by_triton_takes_the_steps_of_the_loop(cfg):
-    runs = [replace(cfg, dispatch=name, max_steps=3, out_dir=cfg.out_dir + name) for name in ('loop', 'triton')]
-    for c in runs:
+    both = [replace(cfg, dispatch=name, max_steps=3, out_dir=cfg.out_dir + name) for name in ('loop', 'triton')]
+    for c in both:
         train.train(c)
-    loop, triton = ([row['loss'] for row in log(c)[:-1]] for c in runs)
+    loop, triton = ([row['loss'] for row in log(c)[:-1]] for c in both)
     assert len(loop) == 3 and triton == pytest.approx(loop, rel=1e-5)
-
-
-def layer(k, factor, n_embd=8):
-    torch.manual_seed(0)
-    moe = MoE(GPTConfig(n_embd=n_embd, n_experts=3, experts_per_token=k))
-    moe.dispatch = partial(capacity, factor=factor)
-    return moe
-
-
-@pytest.mark.parametrize('k, factor', [(1, 0.9), (2, 0.8), (2, 0.95), (3, 0.5)])
-def test_first_choices_and_early_tokens_get_the_places_and_the_overflow_is_the_share_of_the_others(k, factor):
-    moe, x, P = layer(k, factor), torch.randn(1, 20, 8), -(-20 * k * factor // 3)
-    y, routing = moe(x, None)
-    expected, taken, dropped = torch.zeros(20, 8), [0, 0, 0], 0
-    for slot in range(k):
-        for token in range(20):
-            i = routing.experts[token, slot].item()
-            if taken[i] < P:
-                taken[i] += 1
-                expected[token] += routing.weights[token, slot] * moe.experts[i](x[0, token])
-            else:
-                dropped += 1
-    torch.testing.assert_close(y[0], expected)
-    assert dropped > 0 and overflow(routing, factor).item() == pytest.approx(dropped / (20 * k))
-
-
-def test_with_capacity_an_answer_depends_on_the_rest_of_its_batch_in_training_and_never_in_evaluation():
-    moe, x = layer(1, 1.0), torch.randn(1, 6, 8)
-    crowd = x[:, :1].expand(1, 6, 8)                        # takes the places of one expert before x does
-    together = torch.cat([crowd, x])
-    assert not torch.allclose(moe(together, None)[0][1:], moe(x, None)[0])
-    moe.eval()
-    torch.testing.assert_close(moe(together, None)[0][1:], moe(x, None)[0])
-    assert not (moe(together, None)[0] == 0).all(dim=2).any()
-
-
-def test_a_run_with_capacity_logs_what_it_dropped_and_evaluates_by_the_loop(cfg, capsys):
-    c = replace(cfg, dispatch='capacity', capacity_factor=0.5)
-    train.train(c)
-    rows = [row for row in log(c) if 'loss' in row]
-    assert len(rows) == 8 and all(0.5 <= row['dropped'] < 1 for row in rows)    # half of the places at most
-    assert 'dropped' not in log(c)[-1] and capsys.readouterr().out.count('  dropped ') == 8
-    again = replace(cfg, dispatch='loop', init_from=c.out_dir, eval_only=True, out_dir=cfg.out_dir + '2')
-    assert train.train(again)['val'] == pytest.approx(min(
-        (row['val'] for row in log(c) if 'val' in row), key=lambda val: sum(val.values())))
-
-
-@pytest.mark.parametrize('before, after', [('loop', 'capacity'), ('capacity', 'loop'), ('capacity', 'capacity')])
-def test_a_run_does_not_go_on_with_capacity_or_without_it_or_with_another_factor(before, after, cfg, capsys):
-    with pytest.raises(runs.Stopped):
-        train.train(replace(cfg, dispatch=before), stop=Logged(cfg, 2))
-    refused('other settings', capsys, train.train,
-            replace(cfg, dispatch=after, capacity_factor=2.0 if before == after else 1.25, resume=True))
