@@ -35,12 +35,16 @@ import sys
 
 import torch
 import torch.nn as nn
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from model import Routing
 from scale import beside_the_loop, here
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    sys.exit('Triton is not here (it is for Linux): pip install triton')
 
 FP32 = 'tf32x3'     # how fp32 is multiplied: ieee, or on tensor cores in three TF32 products, tf32x3
 
@@ -142,14 +146,11 @@ def tiles(rows: float, precision: str) -> tuple[dict, dict]:
     """Tile sizes of both kernels for experts of so many rows on average. Higher tiles read the weights less
     often, and are mostly empty if an expert has fewer rows than that."""
     BM = 16 if rows < 24 else 32 if rows < 96 else 64
-    if precision == 'ieee':
-        return (dict(BM=BM, BN=128, BK=16, num_warps=4, num_stages=3),
-                dict(BM=16, BN=128, BK=128, num_warps=8, num_stages=3))
-    if rows < 24:       # what counts is reading weights and writing gradients: many small programs at once
-        return (dict(BM=BM, BN=128, BK=32, num_warps=4, num_stages=3),
-                dict(BM=16, BN=64, BK=128, num_warps=4, num_stages=2))
-    return (dict(BM=BM, BN=128, BK=32, num_warps=4, num_stages=3),
-            dict(BM=32, BN=128, BK=128, num_warps=8, num_stages=3))
+    if rows < 24 and precision != 'ieee':   # writing the gradients is what takes long: small programs, many at once
+        gradient = dict(BM=16, BN=64, BK=128, num_warps=4, num_stages=2)
+    else:
+        gradient = dict(BM=16 if precision == 'ieee' else 32, BN=128, BK=128, num_warps=8, num_stages=3)
+    return dict(BM=BM, BN=128, BK=16 if precision == 'ieee' else 32, num_warps=4, num_stages=3), gradient
 
 
 def multiply(a: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, N: int, precision: str, *,
