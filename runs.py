@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pickle import UnpicklingError
 from statistics import fmean
 from typing import NamedTuple, NoReturn
@@ -316,6 +317,8 @@ def check_same_run(cfg: GPTConfig, explicit: set[str], saved: dict) -> GPTConfig
     may = MAY_CHANGE
     if cfg.batch_size * cfg.grad_accum_steps != old['batch_size'] * old['grad_accum_steps']:
         may = may - {'batch_size', 'grad_accum_steps'}
+    if 'capacity' in (cfg.dispatch, old['dispatch']):   # drops tokens, so it is another computation
+        may = may - {'dispatch'}
     if differ and not (cfg.resume and differ.keys() <= may):
         die(f'{cfg.out_dir} holds a run with other settings ({", ".join(differ.values())}); '
             'name another --out_dir' + (', or go on with --resume=True' if differ.keys() <= may else ''))
@@ -439,12 +442,18 @@ def set_up_device(cfg: GPTConfig) -> str:
     device = pick_device(cfg.device)
     cuda, several = device.startswith('cuda'), os.environ.get('WORLD_SIZE', '1') != '1'
     old_gpu = cuda and torch.cuda.get_device_capability(device) < (9, 0)
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
     wrong = [
         (cfg.precision == 'tf32' and not cuda,
          f'tf32 is for NVIDIA GPUs and this is {device}; leave --precision=tf32 out'),
         (cfg.dispatch == 'grouped' and (not hasattr(torch.nn.functional, 'grouped_mm') or old_gpu),
          f'dispatch=grouped needs PyTorch 2.10 and, of NVIDIA, Hopper or newer; this is PyTorch '
          f'{torch.__version__} on {device}: --dispatch=loop works everywhere'),
+        (cfg.dispatch == 'triton' and not find_spec('triton'),
+         'dispatch=triton needs the package triton (Linux): pip install triton; --dispatch=loop works everywhere'),
+        (cfg.dispatch == 'triton' and not (cuda or interpreted),
+         f'dispatch=triton is for NVIDIA GPUs and this is {device}: --dispatch=loop works everywhere; '
+         'TRITON_INTERPRET=1 before the command runs it here, slowly'),
         (cfg.cuda_graph and not cuda,
          f'cuda_graph is for NVIDIA GPUs and this is {device}; leave --cuda_graph=True out'),
         (cfg.cuda_graph and several,
@@ -464,16 +473,23 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str) -> None:
     """Moves a model to its device and lets it compute as cfg asks, its parameters staying what they are.
     Dies if a graph cannot hold its mixtures, which may be its parent's and unknown before."""
     if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'loop':
-        die('cuda_graph cannot hold a loop that waits for the device; add --dispatch=grouped')
-    if cfg.cuda_graph and cfg.moe_layers and cfg.precision != 'bf16':
+        die('cuda_graph cannot hold a loop that waits for the device; add --dispatch=triton, or '
+            '--dispatch=grouped with --precision=bf16')
+    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'grouped' and cfg.precision != 'bf16':
         die('outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
-            '--precision=bf16')
+            '--precision=bf16, or --dispatch=triton')
     model.to(device).train()
     model.recompute = cfg.recompute
     if cfg.dispatch == 'grouped':
-        from scale.grouped import grouped
+        from scale.grouped import grouped as dispatch
+    elif cfg.dispatch == 'triton':
+        from scale.kernels import fused as dispatch
+    elif cfg.dispatch == 'capacity':
+        from scale.capacity import capacity
+        dispatch = partial(capacity, factor=cfg.capacity_factor)
+    if cfg.dispatch != 'loop':
         for moe in model.mixtures().values():
-            moe.dispatch = grouped
+            moe.dispatch = dispatch
     if cfg.precision != 'fp32' and device.startswith('cuda'):
         from scale.head import padded_logits
         model.unembed = partial(padded_logits, model.wte.weight)
@@ -631,6 +647,8 @@ def print_step(row: dict, losses: list[float], domains: list[str], cfg: GPTConfi
         parts.append(f'{name} {mean:.3f}')
     if cfg.moe_layers:
         parts.append(f' balance {row["balance"]:.3f}  z {row["z"]:.3f}')
+    if 'dropped' in row:
+        parts.append(f' dropped {row["dropped"]:.1%}')
     left = timedelta(seconds=round((cfg.max_steps - row['step'] - 1) * row['seconds']))
     print(*parts, f' lr {row["lr"]:.1e}  {row["tokens_per_s"]:,.0f} tokens/s  {left} left')
 

@@ -68,7 +68,8 @@ class Config(GPTConfig):
     eval_windows: int = 64                      # validation sequences per domain
     save_interval: int = 1000                   # steps between checkpoints
     precision: str = 'fp32'                     # of matrix products: fp32, tf32 (NVIDIA) or bf16; all else is fp32
-    dispatch: str = 'loop'                      # loop over experts, or grouped: one product for all (scale/grouped.py)
+    dispatch: str = 'loop'                      # over experts, or grouped, capacity, triton: without a loop (scale/)
+    capacity_factor: float = 1.25               # places per expert, relative to an even share (dispatch=capacity)
     cuda_graph: bool = False                    # launch each micro-batch as one CUDA graph (scale/graph.py)
     compile: bool = False                       # torch.compile the model: a minute to start, then faster
     recompute: bool = False                     # save memory: compute the blocks again in the backward pass
@@ -83,9 +84,9 @@ class Config(GPTConfig):
         self.require_range(0, math.inf, 'learning_rate', 'weight_decay', 'balance_coef', 'z_coef',
                            'router_noise', 'expert_noise')
         self.require_range(0, 1, 'warmup_fraction', 'beta1', 'beta2')
-        self.require_range(1e-9, math.inf, 'grad_clip')
+        self.require_range(1e-9, math.inf, 'grad_clip', 'capacity_factor')
         self.require_one_of(('fp32', 'tf32', 'bf16'), 'precision')
-        self.require_one_of(('loop', 'grouped'), 'dispatch')
+        self.require_one_of(('loop', 'grouped', 'capacity', 'triton'), 'dispatch')
 
 
 def windows(places: list[tuple[np.ndarray, int]], cfg: Config, device: str) -> tuple[Tensor, Tensor]:
@@ -178,19 +179,23 @@ def micro_batch(model: torch.nn.Module, cfg: Config, balance_loss: Callable[[Rou
                 first: bool) -> tuple[Tensor, Tensor]:
     """Adds to the gradients those of one of this process's `parts` micro-batches, x and y (B, T).
 
-    Returns each sequence's LM loss, then balance and z (B + 2,), and the pairs per expert (layers, E).
+    Returns each sequence's LM loss, then balance, z and the dropped share (B + 3,), and the pairs per expert
+    (layers, E).
     """
     if first:
         model.zero_grad()
     # [1:] drops the logits, which are large, before the backward pass. lm is (B, T)
     lm, routing = model(x, y, router_noise=noise, reduction='none')[1:]
-    balance, z, counts = lm.new_zeros(()), lm.new_zeros(()), lm.new_zeros(0, 0)
+    balance, z, dropped, counts = *lm.new_zeros(3), lm.new_zeros(0, 0)
     if routing:
         layers = stacked(routing)
         balance, z, counts = balance_loss(layers).mean(), z_loss(layers).mean(), layers.counts
+        if cfg.dispatch == 'capacity':
+            from scale.capacity import overflow
+            dropped = overflow(layers, cfg.capacity_factor).mean()
     loss = lm.mean() + cfg.balance_coef * balance + cfg.z_coef * z
     (loss / parts).backward()
-    return torch.cat([lm.mean(dim=1), balance[None], z[None]]).detach(), counts
+    return torch.cat([lm.mean(dim=1), torch.stack([balance, z, dropped])]).detach(), counts
 
 
 def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, step: int, noise: float,
@@ -198,7 +203,7 @@ def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, 
     """Computes one step's gradients, from those of its micro-batches that are this process's.
 
     work is micro_batch, as parts_of_a_step gives it. Returns what it says, left on the device:
-    (len(mine), B + 2) of each micro-batch, and the pairs per expert of all together.
+    (len(mine), B + 3) of each micro-batch, and the pairs per expert of all together.
     """
     stats, counts = [], []
     # a number would be recorded, or compiled, as it is; without one, nothing is drawn
@@ -233,7 +238,9 @@ def parts_of_a_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, cf
              partial(torch.nn.utils.clip_grad_norm_, parameters, cfg.grad_clip), update)
     if cfg.cuda_graph:
         from scale.graph import record
-        return record(*parts)
+        parts = record(*parts)
+        if cfg.dispatch == 'capacity':      # it evaluates by the loop, which a graph cannot hold
+            parts = parts[0], model, *parts[2:]
     return parts
 
 
@@ -338,13 +345,15 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
 
             # the log: loss is the LM loss alone, seconds are one step's
             if step % cfg.log_interval == 0 or 'val' in row:
-                stats = stats.cpu().double()                                        # (m, B + 2)
-                losses = stats[:, :-2].flatten().tolist()
-                balance, z = stats[:, -2:].mean(dim=0).tolist()
+                stats = stats.cpu().double()                                        # (m, B + 3)
+                losses = stats[:, :-3].flatten().tolist()
+                balance, z, dropped = stats[:, -3:].mean(dim=0).tolist()
                 row |= {'loss': fmean(losses), 'balance': balance, 'z': z, 'lr': lr,
                         'grad_norm': grad_norm, 'seconds': seconds / steps,
                         'tokens_per_s': len(losses) * cfg.block_size * steps / seconds}
                 writer.wait(left=2)                                 # or dies of what could not be written
+                if cfg.dispatch == 'capacity':
+                    row['dropped'] = dropped                            # of the (token, slot) pairs
                 if main:
                     runs.write_log(log, [row])
                 if step % cfg.log_interval == 0:

@@ -13,12 +13,14 @@ A step is at least three graphs: its micro-batches, then clipping, then AdamW. B
 host reads the gradient's length, so that a NaN still ends the run before it reaches the weights.
 
     python train.py config/fast_gpt2.py         sets cuda_graph=True
+    python -m scale.graph                       needs an NVIDIA GPU
 
 Dropout and noise come from the seed that torch.manual_seed set before the replay. They are not the plain
 loop's, which draws no noise once its size is 0, and the learning rate is rounded to fp32.
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -26,7 +28,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import Routing
+from model import GPT, GPTConfig, Routing
+from scale import milliseconds
 
 
 def record(work: Callable, model: nn.Module, clip: Callable, update: Callable) -> tuple[Callable, ...]:
@@ -116,3 +119,26 @@ class Forward:
         reduction is 'none', as in evaluation's other calls."""
         lm, *counts = self.graph(x, y)
         return None, lm, {i: Routing(None, None, None, None, c) for i, c in zip(self.layers, counts)}
+
+
+if __name__ == '__main__':
+    if not torch.cuda.is_available():
+        sys.exit('a CUDA graph needs an NVIDIA GPU, and this machine has none')
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=256, vocab_size=256, n_layer=12, n_head=4, n_embd=256)).cuda()
+    idx = torch.randint(256, (2, 256), device='cuda')
+
+    def step(x: Tensor) -> Tensor:
+        gpt.zero_grad()
+        loss = gpt(x, x)[1]
+        loss.backward()
+        return loss.detach()
+
+    graph, results = Graph(step, torch.cuda.graph_pool_handle(), rehearsals=3), []
+    for way in step, graph:
+        results.append((way(idx), *(p.grad.clone() for p in gpt.parameters())))
+    apart = max((a - b).norm() / a.norm() for a, b in zip(*results))
+    one_by_one, replayed = milliseconds(lambda: step(idx)), milliseconds(lambda: graph(idx))
+    print('forward and backward of a GPT, 12 layers, 256 channels, 512 tokens\n'
+          f'  largest relative difference of loss and gradients: {apart:.1e}\n'
+          f'  launched one by one {one_by_one:.2f} ms, as one graph {replayed:.2f} ms')

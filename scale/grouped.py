@@ -6,6 +6,7 @@ sorted by expert, all experts' matrices stacked, and the ends of the experts' sl
 device: row r is multiplied by the matrix of the expert in whose slice it lies. One kernel does it.
 
     python train.py config/fast_gpt2.py         sets dispatch='grouped'
+    python -m scale.grouped
 
 Every expert takes part in the product, so one without tokens gets a gradient of zero instead of none,
 and Adam moves it all the same. The fast kernel is for bf16 on NVIDIA Hopper and newer; everywhere else
@@ -18,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Routing
+from scale import beside_the_loop, example, here, stacked
 
 
 def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     """What model.sorted_loop computes: x (N, C) through its experts, weighted and summed -> (N, C)."""
     (N, C), k, E = x.shape, routing.experts.shape[1], len(experts)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    w1, b1, w2, b2 = (stacked_parameters(experts, name, dtype) for name in
+    # this copy of all weights is what autocast would make of each of them anyway
+    w1, b1, w2, b2 = (stacked(experts, name).to(dtype) for name in
                       ('c_fc.weight', 'c_fc.bias', 'c_proj.weight', 'c_proj.bias'))
     ends = routing.counts.cumsum(dim=0).int()                       # (E,) where each slice ends
     expert, order = routing.experts.flatten().sort(stable=True)     # (N*k,) pairs, by expert
@@ -42,3 +45,15 @@ def stacked_parameters(experts: nn.ModuleList, name: str, dtype: torch.dtype) ->
     """(E, ...) one parameter of all experts. They stay where they are; this copy is what autocast would
     make of each of them anyway."""
     return torch.stack([expert.get_parameter(name).to(dtype) for expert in experts])
+
+
+if __name__ == '__main__':
+    moe, x = example(n_tokens=8, n_experts=3, k=1, channels=32, device='cpu')
+    routing = moe(x, None)[1]
+    chosen, order = routing.experts.flatten().sort(stable=True)
+    print('8 tokens, 3 experts, top-1\n')
+    print('  sorted by expert, tokens', *order.tolist(), ' go to', *chosen.tolist())
+    print('  the experts\' slices end at', *routing.counts.cumsum(dim=0).tolist(), '\n')
+    beside_the_loop('grouped, fp32', grouped)
+    with torch.autocast(here(), torch.bfloat16):
+        beside_the_loop('grouped, both in bf16', grouped)

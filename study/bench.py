@@ -3,11 +3,13 @@
     python -m study.bench                   minutes on a GPU, a quarter of an hour on two CPU cores
     python -m study.bench --quick=True      smaller tables: two minutes on two CPU cores
     python -m study.bench --only=step,layer --json=bench.json       some of the parts, in a file too
+    python -m study.bench --only=rates,layer --json=bench.json      what study.cost reads
 
 A time is the median of repetitions after burn-in, the device waited for before and after each. All
 that a row compares took turns, so it compares even where other programs come and go.
 """
 
+import copy
 import gc
 import json
 import math
@@ -16,7 +18,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -34,16 +36,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import configure, die
-from model import GPT, MLP, MoE, Routing, load_balance_loss, sorted_loop
+from model import GPT, MoE, Routing, load_balance_loss, sorted_loop
 from runs import pick_device
+from scale.capacity import capacity, overflow
+from scale.grouped import grouped
 
 FLAGSHIP = train.Config()               # GPT-2 small, 8 experts in layers 8-11, top-1, 8 x 512 tokens
 SPLITS = (2, 4), (4, 2), (8, 1)         # of a step: sequences x micro-batches
 QUICK_SPLITS, QUICK_BLOCK = ((1, 1),), 256
 NAMES = 'dense', 'mistral_loop', 'sorted_loop'          # what a step is timed with
+LAYER = {                               # the columns of the layer table, and the precision of each
+    'dense': 'fp32', 'mistral_loop': 'fp32', 'sorted_loop': 'fp32', 'capacity': 'fp32', 'ieee': 'fp32',
+    'tf32x3': 'fp32', 'bf16': 'bf16', 'grouped': 'bf16', 'triton bf16': 'bf16'}
 TOKENS, CPU_TOKENS = (1024, 32768), (1024, 8192)        # of one layer
 EXPERTS = 8, 16, 64, 128
-CAPACITY = 1.25                         # places per token, where experts have a fixed number of them
+MORE = (1024, 32, 1), (32768, 32, 1), (131072, 8, 1), (1024, 8, 2), (32768, 8, 2)     # tokens, experts, k
+ROWS = 8, 32, 128, 512, 1024, 4096, 32768       # of one product, to measure its rate
+CAPACITY = 1.25                         # capacity_factor
 PROMPT, NEW, FEW = 240, 32, 2           # tokens read, written, and written where each reads all again
 TEXT = np.random.default_rng(0).integers(FLAGSHIP.vocab_size, size=2**16, dtype=np.uint16)
 DATA = {'random': TEXT}
@@ -52,7 +61,7 @@ DATA = {'random': TEXT}
 @dataclass(frozen=True)
 class Config:
     quick: bool = False         # smaller tables
-    only: str = ''              # some of step,fast,layer,memory,generate; '' is all
+    only: str = ''              # some of step,fast,launches,layer,triton,rates,memory,generate; '' is all
     repeats: int = 0            # repetitions of each timing; 0 is 3 on a CPU and 20 elsewhere
     json: str = ''              # a file for all rows
     device: str = ''            # cuda, mps, cpu ...; '' is the first of these that is there
@@ -62,7 +71,7 @@ class Config:
             raise ValueError(f'only must be some of {",".join(PARTS)} and repeats at least 0')
 
 
-# Other ways to dispatch, each in model.sorted_loop's place: experts, x (N, C), routing -> (N, C)
+# Ways to dispatch, each in model.sorted_loop's place: experts, x (N, C), routing -> (N, C)
 
 def mistral_loop(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     """mistral-inference's loop (moe.py): each expert looks for its tokens itself."""
@@ -74,58 +83,24 @@ def mistral_loop(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     return y
 
 
-def stack(experts: Iterable[MLP], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """All experts' c_fc and c_proj, (E, in + 8, out) each, their biases among them.
-
-    A bias weighs an input of 1. Seven rows of 0 keep all rows aligned to 16 bytes, as grouped
-    products ask.
-    """
-    layers = []
-    for name in ('c_fc', 'c_proj'):
-        each = [getattr(expert, name) for expert in experts]
-        with_bias = [torch.cat([layer.weight, layer.bias[:, None]], dim=1) for layer in each]
-        layers.append(F.pad(torch.stack(with_bias), (0, 7)).to(dtype).transpose(1, 2))
-    return tuple(layers)
-
-
-def all_mlps(rows: Tensor, multiply: Callable, w1: Tensor, w2: Tensor) -> Tensor:
-    """The experts' MLPs at once. multiply: each expert's rows by its own matrix."""
-    hidden = multiply(F.pad(rows, (0, 8), value=1.0), w1)
-    hidden = F.gelu(hidden, approximate='tanh')
-    return multiply(F.pad(hidden, (0, 8), value=1.0), w2)
+def dispatches(device: str) -> dict[str, tuple[str, Callable]]:
+    """{name: (precision, dispatch)} of all that this device can do."""
+    ways = {'mistral_loop': ('fp32', mistral_loop), 'sorted_loop': ('fp32', sorted_loop),
+            'capacity': ('fp32', partial(capacity, factor=CAPACITY))}
+    if device.startswith('cuda'):
+        if hasattr(F, 'grouped_mm') and torch.cuda.get_device_capability(device) >= (9, 0):
+            ways['grouped'] = 'bf16', grouped
+        if find_spec('triton'):
+            from scale.kernels import fused
+            ways |= {'ieee': ('fp32', partial(fused, fp32='ieee')),
+                     'tf32x3': ('fp32', partial(fused, fp32='tf32x3')), 'triton bf16': ('bf16', fused)}
+    return ways
 
 
-def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing,
-            stacked: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """What production does (top-1): sorted tokens, one kernel in bf16 for all experts' products.
-
-    stacked: what stack returns, if it is to be done beforehand.
-    """
-    w1, w2 = stacked or stack(experts, torch.bfloat16)
-    order = routing.experts.flatten().argsort(stable=True)
-    grouped_mm = getattr(F, 'grouped_mm', None) or torch._grouped_mm        # F's since torch 2.10
-    multiply = partial(grouped_mm, offs=routing.counts.cumsum(0).int())
-    y = all_mlps(x.to(w1.dtype).index_select(0, order), multiply, w1, w2)
-    return routing.weights * torch.empty_like(x).index_copy(0, order, y.to(x.dtype))
-
-
-def capacity(experts: nn.ModuleList, x: Tensor, routing: Routing, places: int,
-             stacked: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Switch Transformer's (arXiv 2101.03961, section 2.2), top-1: every expert has as many places.
-
-    So batched products serve all, and a token that comes too late gets nothing.
-    """
-    w1, w2 = stacked or stack(experts)
-    (N, C), E = x.shape, len(routing.counts)
-    expert, order = routing.experts.flatten().sort(stable=True)
-    first = routing.counts.cumsum(0) - routing.counts               # each expert's first token
-    queue = torch.arange(N, device=x.device) - first[expert]        # how many came before
-    # the last place is for the late
-    place = torch.where(queue < places, expert * places + queue, E * places)
-    batch = x.new_zeros(E * places + 1, C).index_copy(0, place, x.index_select(0, order))
-    y = all_mlps(batch[:-1].view(E, places, C), torch.bmm, w1, w2).flatten(0, 1)
-    y = F.pad(y, (0, 0, 0, 1)).index_select(0, place)               # where they get 0
-    return routing.weights * torch.empty_like(x).index_copy(0, order, y)
+def autocast(precision: str, device: str) -> torch.autocast:
+    """What a forward pass in that precision runs in. Sets how fp32 is multiplied, too."""
+    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == 'bf16')
 
 
 # Times and tables
@@ -153,7 +128,7 @@ def beside(ms: dict[str, float | None]) -> dict[str, float | None]:
     for name, t in ms.items():
         cells[f'{name} ms'] = t
         if name not in ('dense', 'bf16'):
-            cells[f'{name} x'] = t and t / ms['bf16' if name == 'grouped' else 'dense']
+            cells[f'{name} x'] = t and t / ms['bf16' if LAYER[name] == 'bf16' else 'dense']
     return cells
 
 
@@ -182,18 +157,23 @@ def make(device: str, **overrides) -> tuple[GPT, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def set_up(models: dict, name: str, precision: str) -> tuple[GPT, torch.optim.Optimizer]:
-    """The model behind a name, with precision and dispatch set: several names share the mixture."""
-    torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+def set_up(models: dict, name: str, precision: str, device: str) -> tuple[GPT, torch.optim.Optimizer, Callable]:
+    """The model behind a name, its optimizer, and its forward pass in that precision and dispatch: several
+    names share the mixture."""
     model, optimizer = models['dense' if name == 'dense' else 'mixture']
     for moe in model.mixtures().values():
-        moe.dispatch = mistral_loop if name == 'mistral_loop' else sorted_loop
-    return model, optimizer
+        moe.dispatch = dispatches(device)[name][1]
+    return model, optimizer, autocast(precision, device)(model.__call__)
 
 
 def one_step(models: dict, name: str, precision: str, c: train.Config, device: str) -> None:
     """An optimizer step of train.py."""
-    model, optimizer = set_up(models, name, precision)
+    model, optimizer, forward = set_up(models, name, precision, device)
+    take_step(model, optimizer, c, device)
+
+
+def take_step(model: GPT, optimizer: torch.optim.Optimizer, c: train.Config, device: str) -> None:
+    """A step of train.py at a rate of 0."""
     work, _, clip, update = train.parts_of_a_step(model, optimizer, c, load_balance_loss)
     train.gradients(model, DATA, c, 0, 0.0, device, range(c.grad_accum_steps), work)
     float(clip())
@@ -201,7 +181,7 @@ def one_step(models: dict, name: str, precision: str, c: train.Config, device: s
 
 
 def step_part(cfg: Config, device: str) -> dict:
-    """The optimizer step, dense and as a mixture with either loop; on CUDA also its launches."""
+    """The optimizer step, dense and as a mixture with either loop."""
     cuda, block, splits = device.startswith('cuda'), FLAGSHIP.block_size, SPLITS
     if cfg.quick:
         block, splits = QUICK_BLOCK, QUICK_SPLITS
@@ -222,32 +202,44 @@ def step_part(cfg: Config, device: str) -> dict:
     if cfg.quick:
         notes.append('Few tokens: Adam, with twice the parameters, weighs more than it really does.')
     if not cuda:
-        notes.append('Launches, waits for the device, TF32: CUDA only.')
+        notes.append('TF32: CUDA only.')
     tokens = math.prod(splits[0]) * block
     title = f'an optimizer step on {tokens:,} tokens, split into sequences x micro-batches'
     tables = {'step': show(title, rows, *notes)}
     if cuda:
-        first = cfgs[splits[0]]
-        tables['launches'] = launches(models, first, device)
-        tables['tf32'] = tf32_choices(models, first, device)
+        tables['tf32'] = tf32_choices(models, cfgs[splits[0]], device)
     return tables
 
 
-def launches(models: dict, c: train.Config, device: str) -> list[dict]:
-    """What a micro-batch and a step launch, and how often the host waits. CUDA only."""
-    (x, y), rows, loss = train.get_batch(DATA, c, 0, 0, device), [], []
-    for name in NAMES:
-        model, _ = set_up(models, name, 'fp32')
-        calls = {'forward': lambda: loss.append(model(x, y)[1]),
+def launches_part(cfg: Config, device: str) -> dict:
+    """What a micro-batch, a step and one layer launch, and how often the host waits. CUDA only."""
+    if not device.startswith('cuda') or cfg.quick:
+        return {}
+    models, rows, loss = {'dense': make(device, moe_layers=()), 'mixture': make(device)}, [], []
+    c = replace(FLAGSHIP, batch_size=SPLITS[0][0], grad_accum_steps=SPLITS[0][1])
+    x, y = train.get_batch(DATA, c, 0, 0, device)
+    for name, (precision, _) in ({'dense': ('fp32', None)} | dispatches(device)).items():
+        model, _, forward = set_up(models, name, precision, device)
+        calls = {'forward': lambda: loss.append(forward(x, y)[1]),
                  'backward': lambda: loss.pop().backward(),
-                 'step': partial(one_step, models, name, 'fp32', c, device)}
-        row = {'dispatch': name}
+                 'step': partial(one_step, models, name, precision, c, device)}
+        for call in calls.values():                                 # kernels are compiled, addresses copied
+            call()
+        row = {'dispatch': name, 'precision': precision}
         for part, call in calls.items():
             row[f'{part} launches'], row[f'{part} waits'] = counted(call)
         rows.append(row)
     split = f'{c.batch_size}x{c.grad_accum_steps}'
-    return show(f'one micro-batch, forward and backward, and a step of {split}', rows,
-                'The original estimated 128 launches more than dense.')
+    tables = {'launches': show(f'one micro-batch, forward and backward, and a step of {split}', rows,
+                               'The original estimated 128 launches more than dense.')}
+    rows = []
+    for E in EXPERTS:
+        for name, call in layer_calls(1024, E, 1, device)[0].items():
+            call()
+            launched, waits = counted(call)
+            rows.append({'experts': E, 'dispatch': name, 'launches': launched, 'waits': waits})
+    tables['layer_launches'] = show('one layer, top-1, forward and backward: any number of tokens', rows)
+    return tables
 
 
 def counted(call: Callable) -> tuple[int, int]:
@@ -268,7 +260,7 @@ def tf32_choices(models: dict, c: train.Config, device: str) -> list[dict]:
     """How many routing choices are others in TF32. Leaves fp32 for the parts that follow."""
     (x, _), chosen = train.get_batch(DATA, c, 0, 0, device), []
     for precision in ('tf32', 'fp32'):
-        model, _ = set_up(models, 'sorted_loop', precision)
+        model, _, _ = set_up(models, 'sorted_loop', precision, device)
         routing = model.eval()(x)[2].values()
         chosen.append(torch.stack([r.logits.argmax(dim=1) for r in routing]))
     changed = 100 * (chosen[0] != chosen[1]).float().mean().item()
@@ -277,60 +269,135 @@ def tf32_choices(models: dict, c: train.Config, device: str) -> list[dict]:
 
 
 def layer_part(cfg: Config, device: str) -> dict:
-    """One mixture, top-1, forward and backward with each dispatch, beside one MLP for all tokens."""
-    tokens, experts = CPU_TOKENS if device.startswith('cpu') else TOKENS, EXPERTS
+    """One mixture, forward and backward with each dispatch, beside one MLP for all tokens."""
+    on_cpu, tokens, experts = device.startswith('cpu'), TOKENS, EXPERTS
     if cfg.quick:
         tokens, experts = TOKENS[:1], EXPERTS[:2]
-    rows = [layer_row(N, E, cfg, device) for N, E in product(tokens, experts)]
+    elif on_cpu:
+        tokens = CPU_TOKENS
+    sizes = [(N, E, 1) for N, E in product(tokens, experts)] + list(() if cfg.quick or on_cpu else MORE)
+    rows = [layer_row(N, E, k, cfg, device) for N, E, k in sizes]
     return {'layer': show(
-        'one layer, top-1, forward and backward', rows,
-        "mistral_loop: mistral-inference's. sorted_loop: model.py's. x: times dense, the same MLP for "
-        'all tokens.',
-        f'capacity: {CAPACITY} places per token, batched products; dropped: tokens without a place, '
-        'the router being new.',
-        'grouped: one bf16 kernel for all experts, weights stacked beforehand; bf16: the MLP; '
-        '-: not on this device.')}
+        'one layer, forward and backward', rows,
+        "mistral_loop: mistral-inference's. sorted_loop: model.py's. x: times dense, the same MLP for all tokens "
+        'in the same precision.',
+        f'capacity: scale/capacity.py, factor {CAPACITY}; dropped: its overflow, the router being new.',
+        'ieee, tf32x3, triton bf16: scale/kernels.py. tf32x3 compares tensor cores with plain fp32.',
+        'bf16: the MLP under autocast. grouped: scale/grouped.py under autocast. -: not on this device.')}
 
 
-def layer_row(N: int, E: int, cfg: Config, device: str) -> dict:
-    """The times of one size: N tokens, E experts."""
+def layer_calls(N: int, E: int, k: int, device: str) -> tuple[dict[str, Callable], float]:
+    """({way: a forward and a backward pass of N tokens through E experts, k each}, what capacity drops)."""
     torch.manual_seed(0)
-    moe = MoE(replace(FLAGSHIP, n_experts=E)).to(device)
+    moe = MoE(replace(FLAGSHIP, n_experts=E, experts_per_token=k)).to(device)
     torch.nn.init.normal_(moe.router.weight, std=0.02)
     x, grad = torch.randn(2, N, FLAGSHIP.n_embd, device=device)
     x.requires_grad_()
-    mlp, router = moe.experts[0], moe.router.weight
-
-    def beforehand(dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return tuple(w.detach().requires_grad_() for w in stack(moe.experts, dtype))
+    mlp, right = moe.experts[0], None
 
     def mixture(dispatch: Callable) -> Tensor:
         return dispatch(moe.experts, x, moe.route(x, None, None))
 
-    wide = beforehand(torch.float32)
-    fixed = partial(capacity, places=math.ceil(CAPACITY * N / E), stacked=wide)
-    ways = {        # what is called, and the weights whose gradients it makes
-        'dense': (lambda: mlp(x), mlp.parameters()),
-        'mistral_loop': (partial(mixture, mistral_loop), moe.parameters()),
-        'sorted_loop': (partial(mixture, sorted_loop), moe.parameters()),
-        'capacity': (partial(mixture, fixed), [router, *wide])}
-    needed = (8, 0) if hasattr(F, 'grouped_mm') else (9, 0)
-    if device.startswith('cuda') and torch.cuda.get_device_capability(device) >= needed:
-        half, halves = MLP(FLAGSHIP).to(device, torch.bfloat16), beforehand(torch.bfloat16)
-        ways['bf16'] = (lambda: half(x.bfloat16()).float(), half.parameters())
-        ways['grouped'] = (partial(mixture, partial(grouped, stacked=halves)), [router, *halves])
-        y, right = (ways[name][0]().detach() for name in ('grouped', 'sorted_loop'))
-        assert (y - right).norm() < 2e-2 * right.norm(), 'grouped products and the loop disagree'
+    def forward_and_backward(precision: str, call: Callable, weights: list[Tensor]) -> Tensor:
+        with autocast(precision, device):
+            y = call()
+        # gradients are made anew each time; an expert without tokens has none in the loop
+        torch.autograd.grad(y, [x, *weights], grad.to(y.dtype), allow_unused=True)
+        return y.detach()
 
-    def forward_and_backward(call: Callable, weights: list[Tensor]) -> None:
-        # gradients are made anew each time; an expert without tokens has none
-        torch.autograd.grad(call(), weights, grad, allow_unused=True)
+    calls = {name: partial(forward_and_backward, precision, lambda: mlp(x), list(mlp.parameters()))
+             for name, precision in (('dense', 'fp32'), ('bf16', 'bf16'))}
+    if not device.startswith('cuda'):
+        del calls['bf16']
+    for name, (precision, dispatch) in dispatches(device).items():
+        calls[name] = partial(forward_and_backward, precision, partial(mixture, dispatch), list(moe.parameters()))
+        if name != 'capacity':
+            y = calls[name]()
+            right = y if right is None else right
+            assert (y - right).norm() < (2e-2 if precision == 'bf16' else 1e-3) * right.norm(), (
+                f'{name} and the loop disagree')
+    return calls, overflow(moe.route(x, None, None), CAPACITY).item()
 
-    calls = {name: partial(forward_and_backward, call, [x, *weights])
-             for name, (call, weights) in ways.items()}
-    ms = dict.fromkeys((*ways, 'bf16', 'grouped')) | interleave(calls, cfg.repeats, device)
-    late = (mixture(fixed) == 0).all(dim=1).float().mean().item()
-    return {'tokens': N, 'experts': E} | beside(ms) | {'dropped %': 100 * late}
+
+def layer_row(N: int, E: int, k: int, cfg: Config, device: str) -> dict:
+    """The times of one size: N tokens, E experts, k of them for each token."""
+    calls, late = layer_calls(N, E, k, device)
+    ms = dict.fromkeys(LAYER) | interleave(calls, cfg.repeats, device)
+    return {'tokens': N, 'experts': E, 'k': k} | beside(ms) | {'dropped %': 100 * late}
+
+
+def triton_part(cfg: Config, device: str) -> dict:
+    """How exact the kernels are; study.fast has the flagship's step by them. CUDA only."""
+    if 'tf32x3' not in dispatches(device) or cfg.quick:
+        return {}
+    return {'errors': errors(device)}
+
+
+def errors(device: str) -> list[dict]:
+    """How far each way to multiply is from float64: one layer of 4,096 tokens, 8 experts, top-1."""
+    torch.manual_seed(0)
+    moe = MoE(FLAGSHIP).to(device)
+    torch.nn.init.normal_(moe.router.weight, std=0.02)
+    x, grad = torch.randn(2, 4096, FLAGSHIP.n_embd, device=device)
+    routing = Routing(*(t.detach() for t in moe.route(x, None, None)))      # the same choices for all
+
+    def outcome(precision: str, dispatch: Callable, wide: torch.dtype = torch.float32) -> list[Tensor]:
+        experts, inputs = copy.deepcopy(moe.experts).to(wide), x.clone().to(wide).requires_grad_()
+        with autocast(precision, device):
+            y = dispatch(experts, inputs, routing._replace(weights=routing.weights.to(wide)))
+        by_name = zip(*([p for _, p in expert.named_parameters()] for expert in experts))
+        matrices = [p for group in by_name for p in group if p.dim() == 2]
+        made = torch.autograd.grad(y, [inputs, *matrices], grad.to(y.dtype))
+        return [y.detach(), made[0], torch.stack(made[1:9]), torch.stack(made[9:])]
+
+    ways = {'cuBLAS fp32': ('fp32', sorted_loop), 'cuBLAS tf32': ('tf32', sorted_loop)}
+    ways |= {name: way for name, way in dispatches(device).items()
+             if name not in ('mistral_loop', 'sorted_loop', 'capacity')}
+    ways['triton tf32'] = 'tf32', ways['triton bf16'][1]
+    exact, rows = outcome('fp32', sorted_loop, torch.float64), []
+    for name, way in ways.items():
+        error = [((mine - right).norm() / right.norm()).item() for mine, right in zip(outcome(*way), exact)]
+        rows.append({'by': name} | {f'{what} error': e for what, e in
+                                    zip(('output', 'dx', 'dw1', 'dw2'), error)})
+        rows[-1]['worst of cuBLAS fp32'] = max(e / rows[0][key] for e, key in zip(error, [*rows[0]][1:5]))
+    show('relative error against float64: one layer, 4,096 tokens, 8 experts',
+         [{key: f'{v:.1e}' if 'error' in key else v for key, v in row.items()} for row in rows])
+    return rows
+
+
+def rates_part(cfg: Config, device: str) -> dict:
+    """What the cost model takes: the rate of one product by its rows, of a copy, and of launches. CUDA only."""
+    if not device.startswith('cuda') or cfg.quick:
+        return {}
+    rows, C = [], FLAGSHIP.n_embd
+    weight = torch.randn(4 * C, C, device=device)
+    for R in ROWS:
+        row, x = {'rows': R}, torch.randn(R, C, device=device)
+        for precision in ('fp32', 'tf32', 'bf16'):
+            autocast(precision, device)
+            a, b = (t.bfloat16() if precision == 'bf16' else t for t in (x, weight))
+            ms = in_a_graph(lambda: F.linear(a, b), cfg, device)
+            row[f'{precision} TFLOP/s'] = 8 * R * C * C / ms / 1e9
+        rows.append(row)
+    autocast('fp32', device)
+    a, b = torch.empty(2, 2**28, device=device)
+    small = torch.ones(8, device=device)
+    launch = interleave({'launch': lambda: [small.add_(1) for _ in range(1000)]}, cfg.repeats, device)['launch']
+    facts = [{'copy TB/s': 2 * a.nbytes / in_a_graph(lambda: a.copy_(b), cfg, device) / 1e9,
+              'bare launch us': launch}]
+    return {'rates': show(f'one product of rows x {C} by {C} x {4 * C}, in a CUDA graph', rows),
+            'facts': show('a copy of 1 GB, and the smallest launch there is', facts)}
+
+
+def in_a_graph(call: Callable, cfg: Config, device: str, times: int = 20) -> float:
+    """The milliseconds of a call without its launch."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return interleave({'graph': graph.replay}, cfg.repeats, device)['graph'] / times
 
 
 def memory_part(cfg: Config, device: str) -> dict:
@@ -431,7 +498,8 @@ def generate_part(cfg: Config, device: str) -> dict:
     return {'generate': show(title, rows, *notes)}
 
 
-PARTS = {'step': step_part, 'layer': layer_part, 'memory': memory_part, 'generate': generate_part}
+PARTS = {'step': step_part, 'launches': launches_part, 'layer': layer_part, 'triton': triton_part,
+         'rates': rates_part, 'memory': memory_part, 'generate': generate_part}
 
 
 def main(cfg: Config) -> dict:

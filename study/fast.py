@@ -3,6 +3,7 @@
     python -m study.fast                            the flagship's step by each key, and what limits it
     python -m study.fast --table=parents            GPT-2 in its four sizes: memory, time, which GPU it fits
     python -m study.fast --splits=8x1 --ways=loop,graph     some rows
+    python -m study.fast --splits=8x1 --ways="triton fp32,ieee fp32"    scale/kernels.py's two ways to multiply fp32
 
 Each row is a program of its own, so that nothing of another lies in memory. The dense model and the
 mixture of a row follow one another; a time is the median of 20 steps, the device waited for after each.
@@ -32,6 +33,11 @@ WAYS = {        # the keys of train.py by which a step gets faster
     'loop': {}, 'tf32': {'precision': 'tf32'}, 'grouped': GROUPED,
     'graph': GROUPED | {'cuda_graph': True}, 'compile': GROUPED | {'compile': True},
     'both': GROUPED | {'compile': True, 'cuda_graph': True}}
+GRAPHS = {      # every dispatch that a CUDA graph can hold, by precision
+    f'{dispatch} {precision}': {'dispatch': dispatch.replace('ieee', 'triton'), 'precision': precision,
+                                'cuda_graph': True}
+    for dispatch, precision in (('capacity', 'fp32'), ('triton', 'fp32'), ('ieee', 'fp32'), ('triton', 'tf32'),
+                                ('triton', 'bf16'))}
 PARENTS = {     # layers, heads, channels
     'gpt2': (12, 12, 768), 'gpt2-medium': (24, 16, 1024), 'gpt2-large': (36, 20, 1280),
     'gpt2-xl': (48, 25, 1600)}
@@ -44,14 +50,14 @@ CARDS = 8, 16, 24, 80                   # GB
 class Config:
     table: str = 'step'                 # step or parents
     splits: str = '2x4,8x1,64x1'        # sequences x micro-batches of a step
-    ways: str = ','.join(WAYS)          # of WAYS
+    ways: str = ','.join(WAYS)          # of WAYS and GRAPHS
     parents: str = ','.join(PARENTS)    # of PARENTS
     repeats: int = 20                   # steps timed
     json: str = ''                      # a file for the rows
     row: str = ''                       # one row alone, printed as JSON: what the program calls itself for
 
     def __post_init__(self):
-        for given, known in ((self.table, ('step', 'parents')), (self.ways, WAYS), (self.parents, PARENTS)):
+        for given, known in ((self.table, ('step', 'parents')), (self.ways, WAYS | GRAPHS), (self.parents, PARENTS)):
             if not set(given.split(',')) <= set(known):
                 raise ValueError(f'{given} must be some of {",".join(known)}')
 
@@ -90,10 +96,14 @@ def busy(step: Callable[[], None]) -> float:
 def step_row(split: str, way: str, repeats: int) -> dict:
     """One way to take one split's step, dense and as a mixture."""
     peak, bandwidth = ceilings()
+    if way.startswith('ieee'):
+        from scale import kernels
+        kernels.FP32 = 'ieee'
     size, parts = map(int, split.split('x'))
     row = {'split': split, 'by': way}
     for kind, layers in (('dense', ()), ('mixture', FLAGSHIP.moe_layers)):
-        cfg = replace(FLAGSHIP, batch_size=size, grad_accum_steps=parts, moe_layers=layers, **WAYS[way])
+        cfg = replace(FLAGSHIP, batch_size=size, grad_accum_steps=parts, moe_layers=layers,
+                      **(WAYS | GRAPHS)[way])
         torch.manual_seed(0)
         model = GPT(cfg)
         step = stepper(model, cfg)

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ['OMP_NUM_THREADS'] = '1'     # tiny tensors: threads would only wait for one another
+os.environ['TRITON_INTERPRET'] = '1'    # kernels run on the CPU; read when triton is imported
 for name in [name for name in os.environ if name.lower().endswith('_proxy')]:
     del os.environ[name]                # it would be asked for the server that some tests start
 

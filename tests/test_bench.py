@@ -1,4 +1,4 @@
-"""The other ways to dispatch do the same work, times belong to their rows, every part gives numbers."""
+"""Times belong to their rows, and every part gives numbers."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import train
-from model import MoE, sorted_loop
 from study import bench
 
 TINY = train.Config(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, moe_layers=(1,),
@@ -21,28 +20,6 @@ def one_thread():
     before = torch.get_num_threads()
     yield torch.set_num_threads(1)      # two would wait for each other over tiny tensors
     torch.set_num_threads(before)
-
-
-def test_each_dispatch_is_the_loop_but_for_what_finds_no_place():
-    torch.manual_seed(0)
-    moe, x = MoE(TINY), torch.randn(50, 16) + 2
-    routing, seen = moe.route(x, None, None), [0] * 4
-    right = sorted_loop(moe.experts, x, routing)
-    torch.testing.assert_close(bench.mistral_loop(moe.experts, x, routing), right)
-    for places in (50, 9):
-        y = bench.capacity(moe.experts, x, routing, places, bench.stack(moe.experts))
-        moe.dispatch = partial(bench.capacity, places=places)               # on a layer that is built
-        torch.testing.assert_close(moe(x[None], None)[0][0], y)
-        if places == 50:
-            torch.testing.assert_close(y, right)
-    for token, expert in enumerate(routing.experts[:, 0].tolist()):
-        torch.testing.assert_close(y[token], right[token] if seen[expert] < 9 else torch.zeros(16))
-        seen[expert] += 1
-    assert (y == 0).all(dim=1).sum() == sum(max(0, n - 9) for n in seen) > 0
-    if hasattr(torch.nn.functional, 'grouped_mm'):
-        for stacked in (None, bench.stack(moe.experts, torch.bfloat16)):
-            y = bench.grouped(moe.experts, x, routing, stacked)
-            assert 0 < (y - right).norm() < 2e-2 * right.norm()
 
 
 def test_times_are_medians_of_calls_that_take_turns(monkeypatch):

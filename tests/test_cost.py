@@ -1,0 +1,67 @@
+"""The cost model is the arithmetic that its docstring says, and its one fitted number is found."""
+
+import json
+
+import pytest
+
+from conftest import refused
+from study import cost
+
+# 50 TFLOP/s in fp32 from 1,024 rows on, 0.25 at 8 rows; a copy 2 TB/s; so many launches for E experts
+LAUNCHES = {'dense': lambda E: 13, 'sorted_loop': lambda E: 30 + 20 * E, 'tf32x3': lambda E: 25}
+RATES = [{'rows': 8, 'fp32 TFLOP/s': 0.25, 'tf32 TFLOP/s': 30.0},
+         {'rows': 1024, 'fp32 TFLOP/s': 50.0, 'tf32 TFLOP/s': 300.0},
+         {'rows': 32768, 'fp32 TFLOP/s': 50.0, 'tf32 TFLOP/s': 300.0}]
+EXPERT = 768 * 3072 * 2 + 3072 + 768
+
+
+def by_hand(tokens, E, name, launch=0.02):
+    """Milliseconds of one layer, top-1, where the rate is 50, 0.25 (8 rows) or a third of 300 TFLOP/s."""
+    rate = {'dense': 50e12, 'tf32x3': 100e12, 'sorted_loop': 0.25e12 if tokens // E == 8 else 50e12}[name]
+    products = 6 * EXPERT * tokens / rate
+    weights = 12 * EXPERT * (1 if name == 'dense' else E) / 2e12
+    rest = {'dense': 25, 'sorted_loop': 40, 'tf32x3': 18}[name] * 768 * tokens * 4 / 2e12
+    return max(1000 * (max(products, weights) + rest), launch * LAUNCHES[name](E))
+
+
+@pytest.fixture
+def tables():
+    return {'rates': RATES, 'facts': [{'copy TB/s': 2.0}],
+            'layer_launches': [{'experts': E, 'dispatch': name, 'launches': count(E)}
+                               for E in (8, 128) for name, count in LAUNCHES.items()],
+            'layer': [{'tokens': N, 'experts': E, 'k': 1, 'grouped ms': None} |
+                      {f'{name} ms': by_hand(N, E, name) for name in LAUNCHES}
+                      for N, E in ((1024, 8), (1024, 128), (32768, 8), (32768, 32))]}
+
+
+def test_predictions_are_the_arithmetic_and_the_time_of_a_launch_is_found(tables, tmp_path, capsys):
+    path = tmp_path / 'bench.json'
+    path.write_text(json.dumps({'device': 'a GPU', 'parts': tables}))
+    rows, table = cost.main(cost.Config(json=str(path), link=100.0))
+    assert len(rows) == 12 and all(row['off %'] == pytest.approx(0, abs=1e-6) for row in rows)
+    bound = {(row['tokens'], row['experts'], row['dispatch']): row['bound by'] for row in rows}
+    assert bound[1024, 8, 'sorted_loop'] == 'host' and bound[1024, 128, 'sorted_loop'] == 'device'
+    said = capsys.readouterr().out
+    assert '12 of 12 are within 25%. Fitted: 20.0 us for a launch.' in said and 'not measured' in said
+
+    last = table[-1]                    # 4 million tokens, 128 experts, one on each of 128 devices
+    assert (last['devices'], last['dispatch']) == (128, 'tf32x3')
+    dense = by_hand(32768, 1, 'dense')
+    step = 124_439_808 * (dense / EXPERT + 28 / 2e9)
+    added = 4 * (by_hand(32768, 1, 'tf32x3') - dense)
+    messages = 4 * 4 * 32768 * 768 * 4 * 127 / 128 / 1e11 * 1000
+    assert last['dense ms'] == pytest.approx(step) and last['added ms'] == pytest.approx(added)
+    assert last['messages ms'] == pytest.approx(messages)
+    assert last['added %'] == pytest.approx(100 * (added + messages) / step)
+    first = table[0]                    # 8 experts on one device: nothing to send, Adam has seven more MLPs
+    assert (first['devices'], first['messages ms'], first['dispatch']) == (1, 0, 'sorted_loop')
+    assert first['added ms'] == pytest.approx(
+        4 * (0.02 * 190 - by_hand(1024, 1, 'dense') + 28 * 7 * EXPERT / 2e9))
+
+
+def test_a_file_without_what_it_needs_is_refused_in_one_line(tables, tmp_path, capsys):
+    del tables['rates']
+    path = tmp_path / 'bench.json'
+    path.write_text(json.dumps({'device': 'a GPU', 'parts': tables}))
+    for name in (str(path), str(tmp_path / 'none.json')):
+        refused('python -m study.bench --only=launches,rates,layer', capsys, cost.main, cost.Config(json=name))

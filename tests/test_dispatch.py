@@ -1,0 +1,111 @@
+"""Every dispatch is Mistral's loop: the same outputs, gradients and dropout. A new one is a line in DISPATCHES."""
+
+import importlib.util
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import runs
+import train
+from conftest import log
+from model import GPT, GPTConfig, sorted_loop
+from scale.capacity import capacity
+from scale.grouped import grouped
+
+if no_triton := not importlib.util.find_spec('triton') and 'triton is not installed: pip install triton':
+    fused = None
+else:
+    import triton
+    from scale.kernels import fused
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 9):
+        no_triton = f"triton {triton.__version__}: before 3.9 its interpreter does not run under today's NumPy"
+no_grouped = not hasattr(F, 'grouped_mm') and 'grouped_mm came with PyTorch 2.10'
+
+
+def dispatch(name, function, precision, tolerance, missing=''):
+    return pytest.param(function, precision, tolerance, id=name,
+                        marks=pytest.mark.skipif(bool(missing), reason=str(missing)))
+
+
+DISPATCHES = [
+    dispatch('sorted_loop', sorted_loop, torch.float64, 1e-12),
+    dispatch('sorted_loop, bf16', sorted_loop, torch.bfloat16, 2e-2),
+    dispatch('capacity', partial(capacity, factor=5), torch.float64, 1e-12),       # 5 experts: a place for all
+    dispatch('capacity, bf16', partial(capacity, factor=5), torch.bfloat16, 2e-2),
+    dispatch('grouped', grouped, torch.float32, 1e-5, no_grouped),
+    dispatch('grouped, bf16', grouped, torch.bfloat16, 2e-2, no_grouped),
+    dispatch('triton', fused, torch.float32, 1e-5, no_triton)]     # bf16 on a GPU: the interpreter truncates
+
+
+def mistral_loop(experts, x, routing):
+    """mistral-inference's (moe.py): each expert looks for its tokens itself."""
+    y = torch.zeros(x.shape, dtype=torch.promote_types(routing.weights.dtype, x.dtype))
+    for i, expert in enumerate(experts):
+        token, slot = torch.where(routing.experts == i)
+        y[token] += routing.weights[token, slot, None] * expert(x[token])
+    return y
+
+
+def computed(function, precision, k, shape, chosen):
+    """(logits, {parameter: gradient}, pairs of each expert) of a GPT whose one block is a mixture of 5 experts.
+
+    chosen: the experts that get tokens.
+    """
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=16, dropout=0.2,
+                          moe_layers=(0,), n_experts=5, experts_per_token=k))
+    model.to(torch.float32 if precision == torch.bfloat16 else precision)
+    moe, ln = model.h[0].mlp, model.h[0].ln_2
+    ln.weight.data[0], ln.bias.data[0] = 0, 1                       # channel 0 is always 1, and by it
+    for i in {*range(5)} - {*chosen}:                               # these experts are shunned
+        moe.router.weight.data[i, 0] = -2
+    for p in moe.experts.parameters():
+        p.data += 0.1 * torch.randn_like(p)                         # biases that are not 0
+    moe.dispatch, idx = function, torch.randint(31, shape)
+    with torch.autocast('cpu', torch.bfloat16, enabled=precision == torch.bfloat16):
+        logits, loss, routing = model(idx, idx, router_noise=0.1)
+    loss.backward()
+    return logits, {name: p.grad for name, p in model.named_parameters()}, routing[0].counts
+
+
+@pytest.mark.parametrize('k, shape, chosen', [
+    (1, (3, 16), range(5)), (2, (3, 16), range(5)), (5, (2, 9), range(5)), (1, (3, 16), (0, 2, 4)),
+    (2, (3, 16), (0, 2, 4)), (1, (1, 1), range(5)), (2, (1, 1), range(5)), (1, (3, 16), (3,)), (2, (3, 16), (1, 3))])
+@pytest.mark.parametrize('function, precision, tolerance', DISPATCHES)
+def test_every_dispatch_is_mistrals_loop_where_no_gradient_counts_as_zero(
+        function, precision, tolerance, k, shape, chosen):
+    expected, others, counts = computed(mistral_loop, precision, k, shape, chosen)
+    logits, grads, mine = computed(function, precision, k, shape, chosen)
+    assert torch.equal(mine, counts) and counts.sum() == shape[0] * shape[1] * k
+    assert shape == (1, 1) or {*counts.nonzero()[:, 0].tolist()} == {*chosen}
+    assert (logits - expected).norm() <= tolerance * expected.norm()
+    for name, other in others.items():
+        expert = int(name.split('.')[4]) if '.experts.' in name else None
+        idle = expert is not None and counts[expert] == 0
+        # the plain loop alone skips it: there is no gradient, so Adam does not move it
+        assert (grads[name] is None) == (idle and function is sorted_loop), name
+        mine = torch.zeros_like(other) if grads[name] is None else grads[name]
+        assert (mine - other).norm() <= tolerance * other.norm() and (other.norm() > 0) == (not idle), name
+
+
+@pytest.mark.parametrize('name, function', [
+    ('loop', sorted_loop), ('grouped', grouped), ('capacity', capacity),
+    pytest.param('triton', fused, marks=pytest.mark.skipif(fused is None, reason=str(no_triton)))])
+def test_a_run_sets_the_dispatch_that_its_key_names(name, function, cfg):
+    model, c = GPT(cfg), replace(cfg, dispatch=name, capacity_factor=3.0)
+    runs.set_up_model(model, c, 'cpu')
+    dispatch = model.h[1].mlp.dispatch
+    assert getattr(dispatch, 'func', dispatch) is function
+    assert name != 'capacity' or dispatch.keywords == {'factor': 3.0}
+
+
+@pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
+def test_a_run_by_triton_takes_the_steps_of_the_loop(cfg):
+    both = [replace(cfg, dispatch=name, max_steps=3, out_dir=cfg.out_dir + name) for name in ('loop', 'triton')]
+    for c in both:
+        train.train(c)
+    loop, triton = ([row['loss'] for row in log(c)[:-1]] for c in both)
+    assert len(loop) == 3 and triton == pytest.approx(loop, rel=1e-5)
