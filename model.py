@@ -33,11 +33,13 @@ class GPTConfig:
     moe_layers: tuple[int, ...] = ()            # blocks whose MLP is a mixture; none: dense GPT-2
     n_experts: int = 8                          # MLPs in a mixture
     experts_per_token: int = 1                  # of them, how many each token is sent to
+    router: str = 'learned'                     # or by the tokens (scale/hashed.py): hash, sliced_hash, ngram
 
     def __post_init__(self):
         self.require_range(1, math.inf, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',
                            'n_experts', 'experts_per_token')
         self.require_range(0, 1, 'dropout')
+        self.require_one_of(('learned', 'hash', 'sliced_hash', 'ngram'), 'router')
 
     def require_range(self, low: float, high: float, *names: str) -> None:
         """Raises ValueError unless low <= value < high for each name, so never for nan."""
@@ -63,6 +65,8 @@ class GPTConfig:
         if self.experts_per_token > self.n_experts:
             raise ValueError(f'experts_per_token must be at most n_experts={self.n_experts}, '
                              f'not {self.experts_per_token}')
+        if self.router != 'learned' and self.experts_per_token > 1:
+            raise ValueError(f'router={self.router} sends a token to one expert; set experts_per_token=1')
 
 
 class CausalSelfAttention(nn.Module):
@@ -279,6 +283,9 @@ class GPT(nn.Module):
         super().__init__()
         config.check()
         self.config = config
+        if config.router != 'learned':
+            from scale.hashed import HASHED
+            mixture = HASHED[config.router]
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)   # tokens; also the output layer
         self.wpe = nn.Embedding(config.block_size, config.n_embd)   # positions
         self.dropout = nn.Dropout(config.dropout)
@@ -402,9 +409,7 @@ class GPT(nn.Module):
         """
         weights, shape = read_pretrained(name_or_path, overrides.get('n_head'))
         try:
-            theirs = shape.pop('mixture', mixture.__name__)
-            if theirs != mixture.__name__:
-                raise ValueError(f'its mixtures are {theirs}, not {mixture.__name__}')
+            theirs = {shape.pop('mixture')} if 'mixture' in shape else None     # of a mixture that we exported
             config = GPTConfig(**shape | overrides)
             if not config.moe_layers and (expert_noise or {'n_experts', 'experts_per_token'} & set(overrides)):
                 raise ValueError('without moe_layers there are no experts; name the layers to upcycle')
@@ -412,6 +417,9 @@ class GPT(nn.Module):
                 raise ValueError(f'block_size must be at most {shape["block_size"]}, '
                                  f'not {config.block_size}')
             model = cls(config, mixture)
+            ours = {type(moe).__name__ for moe in model.mixtures().values()}
+            if theirs and ours != theirs:
+                raise ValueError(f'its mixtures are {theirs.pop()}, not {", ".join(ours)}')
             model.load_weights(weights, expert_noise)
         except (TypeError, ValueError, RuntimeError) as error:          # RuntimeError: no memory for it
             raise ValueError(f'{weights.path} cannot become this GPT-2: {error}') from error

@@ -135,7 +135,8 @@ def load(path: str, advice: str = 'name another file or folder') -> dict:
 def restore(saved: dict, path: str, build: Callable[[GPTConfig], GPT]) -> GPT:
     """The model of a checkpoint. build makes one from a config, as GPT does."""
     with reading(path):
-        model = build(GPTConfig(**{f.name: saved['config'][f.name] for f in fields(GPTConfig)}))
+        shape = {f.name: saved['config'][f.name] for f in fields(GPTConfig) if f.name in saved['config']}
+        model = build(GPTConfig(**shape))
         ours, theirs = mixture_name(model), saved.get('mixture', 'MoE')
         if model.mixtures() and ours != theirs:
             raise ValueError(f'its mixtures are {theirs}, not {ours}')
@@ -272,7 +273,7 @@ def new_run(cfg: GPTConfig, explicit: set[str], data: dict[str, np.ndarray],
         theirs = asdict(parent_model.config)
         shape = ['n_layer', 'n_head', 'n_embd', 'vocab_size']
         if theirs['moe_layers']:
-            shape += ['moe_layers', 'n_experts', 'experts_per_token']
+            shape += ['moe_layers', 'n_experts', 'experts_per_token', 'router']
         parent = {'path': cfg.init_from, 'sha256': file_hash(path),
                   'gave': {key: theirs[key] for key in shape}}
         cfg = inherit(cfg, explicit, parent)
@@ -627,9 +628,9 @@ def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: GPTCon
     even = cfg.experts_per_token / cfg.n_experts
     for layer, of_domain in share.items():
         for domain, shares in of_domain.items():
-            bars = (' ▁▂▃▄▅▆▇█'[math.ceil(8 * math.sqrt(s))] for s in shares)
-            print(f'    layer {layer:>2} {domain:>10.10} ',
-                  *(f'{bar}{100 * s:3.0f}' for bar, s in zip(bars, shares)))
+            bars = [' ▁▂▃▄▅▆▇█'[math.ceil(8 * math.sqrt(s))] for s in shares]
+            cells = [f'{bar}{100 * s:3.0f}' for bar, s in zip(bars, shares)] if len(bars) <= 16 else [''.join(bars)]
+            print(f'    layer {layer:>2} {domain:>10.10} ', *cells)
         mean = np.mean(list(of_domain.values()), axis=0)
         most = min(1.0, max(mean) * cfg.experts_per_token)      # of the tokens, not of the choices
         if warn and most > even + 0.5 * (1 - even):             # more than half way from even to all

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import train
 from model import GPT, Block, GPTConfig
-from study.routers import PRIME, SlicedNGram, hash_last
+from scale.hashed import PRIME, SlicedNGram, hash_last
 
 
 class NGramEmbedding(GPT):

@@ -5,9 +5,6 @@ of them, as train.train and runs.load_model ask for it. All start as their paren
 not), look back only, and never make the host wait for the device, so they run in a CUDA graph.
 """
 
-import copy
-import heapq
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,9 +12,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from model import GPT, MLP, GPTConfig, MoE, Routing, count_pairs, sorted_loop
-
-PRIME = 2**31 - 1       # hashes of n-grams are below it
+from model import GPT, MLP, GPTConfig, MoE, Routing, count_pairs
+from scale.hashed import (BalancedHash, Bigram, Hash, Sliced, SlicedBalanced4, SlicedNGram,   # noqa: F401
+                          Trigram)
 
 
 def build(config: GPTConfig, mixture: type[MoE]) -> GPT:
@@ -153,29 +150,7 @@ class SharedParent(MoE):
             nn.init.zeros_(expert.c_proj.bias)
 
 
-# Hashes: the ids choose
-
-class Hash(MoE):
-    """Each id has its k experts, drawn at random in each layer (arXiv 2106.04426). No router."""
-
-    def __init__(self, config: GPTConfig, hidden: int | None = None):
-        super().__init__(config, hidden)
-        self.router = None
-        self.register_buffer('table', self.draw(config))
-
-    def draw(self, config: GPTConfig) -> Tensor:
-        """What is drawn once, here each id's experts (V, k)."""
-        return torch.rand(config.vocab_size, config.n_experts).topk(self.k).indices
-
-    def score(self, x: Tensor, ids: Tensor) -> Tensor:
-        return x.new_zeros(len(x), len(self.experts))
-
-    def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
-        return self.table[ids[:, 2:].flatten()]
-
-    def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
-        return torch.full_like(experts, 1 / experts.shape[1], dtype=probs.dtype)
-
+# Hashes: the ids choose. More of them are in scale/hashed.py
 
 class ByToken(Hash):
     """The same hash in every layer and for every seed, one expert per token."""
@@ -183,25 +158,6 @@ class ByToken(Hash):
     def draw(self, config: GPTConfig) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(config.n_experts, (config.vocab_size, 1), generator=generator)
-
-
-class BalancedHash(Hash):
-    """The commonest ids first, each to the expert that has the fewest tokens so far. One per token."""
-    tables = 1
-
-    def draw(self, config: GPTConfig) -> Tensor:
-        return torch.randint(config.n_experts, (config.vocab_size, self.tables))    # until it is upcycled
-
-    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor) -> None:
-        super().upcycle(mlp, expert_noise, frequency)
-        tokens, numbers = frequency.tolist(), torch.randperm(len(self.experts))
-        for column in self.table.unbind(dim=1):
-            blurred = frequency * (1 + 0.3 * torch.rand(len(frequency)))    # each table another order
-            experts, loads = [0] * len(tokens), [(0.0, expert) for expert in range(len(self.experts))]
-            for i in blurred.argsort(descending=True).tolist():
-                load, experts[i] = loads[0]                                 # a heap: the least first
-                heapq.heapreplace(loads, (load + tokens[i], experts[i]))
-            column.copy_(numbers[experts])
 
 
 class TwoHashes(BalancedHash):
@@ -233,77 +189,7 @@ class SharedBalanced(SharedParent, BalancedHash):
     """y = MLP(x) + the expert of the id."""
 
 
-class Bigram(Hash):
-    """A hash of the last n ids, one expert per token."""
-    n = 2
-
-    def draw(self, config: GPTConfig) -> Tensor:
-        return torch.randint(1, PRIME, (self.n,))                           # the factors of hash_last
-
-    def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
-        return (hash_last(ids, self.table) % len(self.experts)).view(-1, 1)
-
-
-def hash_last(ids: Tensor, factors: Tensor) -> Tensor:
-    """A number for each token's last n ids, itself included, each times the factor of its age.
-
-    ids (B, T+2), behind those of the two tokens before; factors (n,) -> (B, T).
-    """
-    T = ids.shape[1] - 2
-    hashed = torch.zeros_like(ids[:, 2:])
-    for age, factor in enumerate(factors):
-        hashed += factor * (ids[:, 2 - age:2 - age + T] + 2)                # -1 before the beginning
-    return hashed % PRIME
-
-
-class Trigram(Bigram):
-    n = 3
-
-
-# Slices: several mixtures side by side
-
-class Sliced(MoE):
-    """The MLP's hidden units are cut into slices, and each slice is a mixture of its own.
-
-    The experts of all slices, numbered through, are its experts: one dispatch serves them all.
-    """
-    kinds: tuple[type[MoE], ...] = ()           # of the slices
-
-    def __init__(self, config: GPTConfig, hidden: int | None = None):
-        nn.Module.__init__(self)                # the routers and experts are the slices' own
-        narrow = (hidden or 4 * config.n_embd) // len(self.kinds)
-        self.slices = nn.ModuleList(kind(config, narrow) for kind in self.kinds)
-        self.experts = [expert for part in self.slices for expert in part.experts]
-        self.dispatch = sorted_loop
-
-    def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
-        parts = [part.route(x, ids, noise) for part in self.slices]
-        G, E = len(parts), len(parts[0].counts)
-        return Routing(logits=torch.cat([r.logits for r in parts], dim=1),          # (N, G*E)
-                       probs=torch.cat([r.probs for r in parts], dim=1) / G,        # of sum 1
-                       weights=torch.cat([r.weights for r in parts], dim=1),        # (N, G*k)
-                       experts=torch.cat([g * E + r.experts for g, r in enumerate(parts)], dim=1),
-                       counts=torch.cat([r.counts for r in parts]))                 # (G*E,)
-
-    def after_step(self, counts: Tensor) -> None:
-        for part, its in zip(self.slices, counts.chunk(len(self.slices))):
-            part.after_step(its)
-
-    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
-        for part, narrow in zip(self.slices, cut(mlp, len(self.slices))):
-            part.upcycle(narrow, expert_noise, frequency)
-
-
-def cut(mlp: MLP, G: int) -> list[MLP]:
-    """A dense MLP as G narrower ones, whose sum it is."""
-    parts = [copy.deepcopy(mlp) for _ in range(G)]
-    for g, part in enumerate(parts):
-        part.c_fc.weight = nn.Parameter(mlp.c_fc.weight.chunk(G)[g])
-        part.c_fc.bias = nn.Parameter(mlp.c_fc.bias.chunk(G)[g])
-        part.c_proj.weight = nn.Parameter(mlp.c_proj.weight.chunk(G, dim=1)[g])
-        part.c_proj.bias = nn.Parameter(mlp.c_proj.bias / G)
-    return parts
-
+# Slices: several mixtures side by side (scale/hashed.py)
 
 class Sliced2(Sliced):
     kinds = (MoE,) * 2
@@ -325,16 +211,8 @@ class SlicedBalanced2(Sliced):
     kinds = (BalancedHash,) * 2
 
 
-class SlicedBalanced4(Sliced):
-    kinds = (BalancedHash,) * 4
-
-
 class SlicedBalanced8(Sliced):
     kinds = (BalancedHash,) * 8
-
-
-class SlicedNGram(Sliced):
-    kinds = Hash, Bigram, Trigram, Bigram
 
 
 class SlicedNGram1212(Sliced):

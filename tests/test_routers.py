@@ -15,6 +15,7 @@ import train
 from conftest import After, assert_same, load, log, refused
 from model import GPT, MLP, GPTConfig, MoE, load_balance_loss, sorted_loop
 from scale.grouped import grouped
+from scale.hashed import HASHED
 from study import routers
 
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=16, moe_layers=(0,), n_experts=4)
@@ -371,3 +372,22 @@ def test_after_a_step_each_slice_hears_of_its_own_experts():
     two = Two(SHAPE)
     two.after_step(torch.tensor([9, 0, 0, 0, 1, 5, 1, 1]))
     assert two.slices[1].bias.tolist() == pytest.approx([0.001, -0.001, 0.001, 0.001])
+
+
+@pytest.mark.parametrize('router, kind', HASHED.items())
+def test_a_hashed_mixture_is_a_key_of_the_config_that_runs_children_samples_and_exports_go_by(
+        router, kind, cfg, tmp_path):
+    parent = replace(cfg, moe_layers=(), max_steps=2, out_dir=str(tmp_path / 'parent'))
+    train.train(parent)
+    run = replace(cfg, init_from=parent.out_dir, router=router, experts_per_token=1, max_steps=2)
+    train.train(run)
+    model, path, _ = runs.load_model(run.out_dir)
+    assert type(model.h[1].mlp) is kind and model.config.router == router
+    child = replace(cfg, init_from=run.out_dir, out_dir=str(tmp_path / 'child'), max_steps=2)
+    train.train(child, {'out_dir'})
+    assert load(child)['config']['router'] == router
+    model.save_pretrained(folder := str(tmp_path / 'export'))
+    idx = torch.randint(257, (1, 9))
+    assert torch.equal(GPT.from_pretrained(folder).eval()(idx)[0], model.eval()(idx)[0])
+    with pytest.raises(ValueError, match='sends a token to one expert; set experts_per_token=1'):
+        GPT(replace(model.config, experts_per_token=2))
