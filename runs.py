@@ -354,15 +354,18 @@ def file_hash(path: str) -> str:
         die(f'{path} cannot be read ({error}); name another --init_from, or train that run again')
 
 
-def begin_folder(cfg: GPTConfig, config: dict, model: GPT, device: str, meta: dict,
+def begin_folder(cfg: GPTConfig, config: dict, model: GPT, sizes: tuple[int, int], device: str, meta: dict,
                  parent: dict | None, parent_val: dict | None, step: int) -> int:
-    """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes."""
-    total, active = model.count_parameters()
-    mb = 4 * total / 1e6
+    """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes.
+
+    sizes: the parameters of the whole model and those active for a token; this process may have fewer.
+    """
+    total, active = sizes
+    mb = 4 * sum(p.numel() for p in model.parameters()) / 1e6
     print(f'{device}, {cfg.precision}, {total:,} parameters, '
           f'{active:,} of them active for a token')
     print(f'memory: weights {mb:,.1f} MB, gradients {mb:,.1f} MB, Adam {2 * mb:,.1f} MB, '
-          f'and activations; a checkpoint takes {3 * mb:,.1f} MB')
+          f'and activations; a checkpoint takes {12 * total / 1e6:,.1f} MB')
     folder = lock(cfg.out_dir)
     try:
         check_disk(cfg.out_dir, 12 * total)
@@ -418,7 +421,12 @@ def set_up_device(cfg: GPTConfig) -> str:
          'cuda_graph cannot hold a loop that waits for the device; add --dispatch=grouped'),
         (cfg.cuda_graph and mixtures and cfg.precision != 'bf16',
          'outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
-         '--precision=bf16')]
+         '--precision=bf16'),
+        (cfg.dispatch == 'parallel' and not several,
+         'dispatch=parallel spreads experts over processes and this is one; start several by '
+         'torchrun --nproc_per_node=2 train.py ..., or add --dispatch=loop'),
+        (cfg.dispatch == 'parallel' and cfg.compile,
+         'dispatch=parallel exchanges tokens by calls that compile was not tried on; leave one of them out')]
     for is_so, message in wrong:
         if is_so:
             die(message)
@@ -428,8 +436,17 @@ def set_up_device(cfg: GPTConfig) -> str:
     return device
 
 
-def set_up_model(model: GPT, cfg: GPTConfig, device: str) -> None:
-    """Moves a model to its device and lets it compute as cfg asks, its parameters staying what they are."""
+def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None = None) -> None:
+    """Moves a model to its device and lets it compute as cfg asks, its parameters staying what they are.
+
+    dispatch='parallel' leaves in each process its experts alone, and so in a checkpoint's optimizer.
+    """
+    if cfg.dispatch == 'parallel' and model.mixtures():
+        from scale.parallel import spread
+        if model.config.n_experts % dist.get_world_size():
+            die(f'n_experts={model.config.n_experts} cannot be spread over {dist.get_world_size()} '
+                'processes; start a number that divides it')
+        spread(model, optimizer)
     model.to(device).train()
     model.recompute = cfg.recompute
     if cfg.dispatch == 'grouped':
@@ -547,6 +564,14 @@ def told_to_stop(stop: list[int], step: int, world: int, device: str) -> bool:
         die(f'the processes are at different steps, {-lowest} and {highest}: '
             '--out_dir must be one folder for all')
     return bool(stopped)
+
+
+def of_first_process(row: dict, world: int) -> dict:
+    """The first process's row, in all: what rounds differently must not decide differently."""
+    rows = [row]
+    if world > 1:
+        dist.broadcast_object_list(rows)
+    return rows[0]
 
 
 def of_all_processes(stats: Tensor, counts: Tensor, world: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class Config(GPTConfig):
     eval_windows: int = 64                      # validation sequences per domain
     save_interval: int = 1000                   # steps between checkpoints
     precision: str = 'fp32'                     # of matrix products: fp32, tf32 (NVIDIA) or bf16; all else is fp32
-    dispatch: str = 'loop'                      # loop over experts, or grouped: one product for all (scale/grouped.py)
+    dispatch: str = 'loop'                      # loop over experts; grouped, parallel: as scale/ has them
     cuda_graph: bool = False                    # launch each micro-batch as one CUDA graph (scale/graph.py)
     compile: bool = False                       # torch.compile the model: a minute to start, then faster
     recompute: bool = False                     # save memory: compute the blocks again in the backward pass
@@ -85,7 +85,7 @@ class Config(GPTConfig):
         self.require_range(0, 1, 'warmup_fraction', 'beta1', 'beta2')
         self.require_range(1e-9, math.inf, 'grad_clip')
         self.require_one_of(('fp32', 'tf32', 'bf16'), 'precision')
-        self.require_one_of(('loop', 'grouped'), 'dispatch')
+        self.require_one_of(('loop', 'grouped', 'parallel'), 'dispatch')
 
 
 def windows(places: list[tuple[np.ndarray, int]], cfg: Config, device: str) -> tuple[Tensor, Tensor]:
@@ -247,7 +247,8 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
         at_first = measure(start.parent_model, data['val'], one, device, polled, 'the parent')
     if cfg.eval_only:
         return at_first
-    runs.set_up_model(model, cfg, device)
+    sizes = model.count_parameters()                                # of all processes together
+    runs.set_up_model(model, cfg, device, start.optimizer)
     optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay),
                                   betas=(cfg.beta1, cfg.beta2), fused=True)
     if start.optimizer:
@@ -257,11 +258,15 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     del start                                                       # and the memory of what was read
     folder, wrapped = None, model
     if main:
-        folder = runs.begin_folder(cfg, config, model, device, meta, parent, at_first.get('val'), step)
+        folder = runs.begin_folder(cfg, config, model, sizes, device, meta, parent, at_first.get('val'), step)
     if world > 1:       # where experts are idle, parameters get no gradient in any process
-        wrapped = DistributedDataParallel(model, find_unused_parameters=bool(cfg.moe_layers))
+        idle = bool(cfg.moe_layers) and cfg.dispatch != 'parallel'  # there they are none of DDP's
+        wrapped = DistributedDataParallel(model, find_unused_parameters=idle)
     wrapped = torch.compile(wrapped) if cfg.compile else wrapped
     work, forward = partial(micro_batch, wrapped, cfg, balance_loss), wrapped
+    clip = torch.nn.utils.clip_grad_norm_
+    if cfg.dispatch == 'parallel':
+        from scale.parallel import clip, gather
     if cfg.cuda_graph:
         from scale.graph import record
         work, forward = record(work, wrapped)
@@ -269,10 +274,12 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     def keep(name: str, **more) -> None:
         """Writes a checkpoint of this step."""
         split = {'batch_size': cfg.batch_size, 'grad_accum_steps': cfg.grad_accum_steps}
+        state = {'format': 1, 'step': step, 'config': config, 'split': split, 'data': meta, 'parent': parent,
+                 'mixture': runs.mixture_name(model), 'model': model.state_dict(), **more}
+        if cfg.dispatch == 'parallel':
+            gather(state, model)                                    # from all processes
         if main:
-            runs.save(os.path.join(cfg.out_dir, name), {
-                'format': 1, 'step': step, 'config': config, 'split': split, 'data': meta, 'parent': parent,
-                'mixture': runs.mixture_name(model), 'model': model.state_dict(), **more})
+            runs.save(os.path.join(cfg.out_dir, name), state)
 
     log = os.path.join(cfg.out_dir, 'log.jsonl')
     row, seconds, steps = {'step': step}, 0.0, 0                    # spent and done since the last log
@@ -290,6 +297,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
                 except RuntimeError as error:
                     cfg = runs.smaller_batch(cfg, error, step)      # or raises it
                     continue
+                row = runs.of_first_process(row, world)
                 runs.check_finite(step, 'validation loss', row['val_mean'])
                 if row['val_mean'] < best:
                     best = row['val_mean']
@@ -312,7 +320,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
             except RuntimeError as error:
                 cfg = runs.smaller_batch(cfg, error, step)
                 continue                                            # the same step again
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip))
+            grad_norm = float(clip(model.parameters(), cfg.grad_clip))
             runs.check_finite(step, 'gradient', grad_norm)
             optimizer.step()
             stats, counts = runs.of_all_processes(stats, counts, world)
