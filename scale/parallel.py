@@ -1,9 +1,9 @@
 """Experts spread over processes: each has a share of every mixture's experts, and tokens travel to them.
 
-DistributedDataParallel (DDP) keeps the whole model in each process, so an expert costs every GPU 16 bytes a
-parameter: weight, gradient, Adam's two means. Here each of W processes has E / W of the E experts; all else
-is replicated as DDP does it. A mixture takes six steps (GShard, arXiv 2006.16668). An exchange is a collective:
-every process calls it, in the same order, or the others wait for ever.
+DistributedDataParallel (DDP) keeps the whole model in each process: 16 bytes for each parameter of an expert, its
+weight, gradient and Adam's two means. Here each of W processes has E / W of the E experts; all else is as with DDP.
+A mixture takes six steps (GShard, arXiv 2006.16668). An exchange is a collective: every process calls it, in the
+same order, or the others wait for ever.
 
     sort        the (token, slot) pairs by expert; the experts of process 0 come first, then those of 1
     count       each process tells each other one how many pairs its experts will get
@@ -88,8 +88,7 @@ def spread(model: GPT, optimizer: dict | None = None) -> None:
         p.number = i                                                    # in the optimizer's state dict
         if optimizer and not p.numel():
             optimizer['state'].pop(i, None)
-    # or DDP would average expert 0 of one process with expert 0 of another
-    ignored = {name for name, p in model.named_parameters() if hasattr(p, 'process')}
+    ignored = {name for name, p in model.named_parameters() if hasattr(p, 'process')}   # or DDP averages strangers
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
 
 
@@ -130,7 +129,8 @@ if __name__ == '__main__':          # ten steps on made-up tokens, in each of th
     import train
     from config import configure
 
-    asked = configure(train.Config, sys.argv[1:] or ['config/tiny.py', '--grad_accum_steps=2'])[0]
+    args = sys.argv[1:] or ['config/tiny.py', '--grad_accum_steps=2']
+    asked = configure(train.Config, [*args, '--dispatch=parallel'])[0]
     device = runs.set_up_device(asked)
     rank, world = runs.join_processes(asked, device)
     for name, dispatch, W in ('one process', 'loop', 1), ('parallel', 'parallel', world), ('DDP', 'loop', world):
@@ -142,19 +142,19 @@ if __name__ == '__main__':          # ten steps on made-up tokens, in each of th
             runs.set_up_model(model, cfg, device)
             wrapped = model if W == 1 else DistributedDataParallel(model, find_unused_parameters=dispatch == 'loop')
             optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), cfg.learning_rate, fused=True)
-            work, said, times = partial(train.micro_batch, wrapped, cfg, load_balance_loss), [], []
+            work, said = partial(train.micro_batch, wrapped, cfg, load_balance_loss), []
             for step in range(10):
                 stats, counts = train.gradients(wrapped, data, cfg, step, 0.0, device, mine, work)
                 norm = (clip if dispatch == 'parallel' else clip_grad_norm_)(model.parameters(), cfg.grad_clip)
                 optimizer.step()
                 loss = runs.of_all_processes(stats, counts, W)[0][:, :-2].mean()
-                said.append(f'loss {loss:.6f} gradient {norm:.6f}')             # waits for the device
-                times.append(time.perf_counter())
+                said += [f'loss {loss:.6f} gradient {norm:.6f}', time.perf_counter()]           # waits for the device
             held, of_gpu = 16 * sum(map(torch.numel, model.parameters())), torch.cuda.max_memory_allocated
-            print(f'{name:12}{(times[9] - times[3]) / 6e-3:9.1f} ms a step,',     # on a CPU without activations
-                  f'{(of_gpu() if device == "cuda" else held) / 1e6:,.0f} MB; step 0: {said[0]}, step 9: {said[9]}')
+            print(f'{name:12}{(said[19] - said[7]) / 6e-3:9.1f} ms a step,',    # on a CPU MB without activations
+                  f'{(of_gpu() if device == "cuda" else held) / 1e6:,.0f} MB; step 0: {said[0]}, step 9: {said[18]}')
         except torch.OutOfMemoryError as error:
             print(f'{name:12} out of memory: {error!s:.80}')
         model = wrapped = optimizer = work = stats = None               # the next row's peak is its own
         gc.collect()
         torch.cuda.reset_peak_memory_stats() if device == 'cuda' else None
+    dist.destroy_process_group()

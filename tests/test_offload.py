@@ -1,11 +1,16 @@
 """Where experts lie does not change a token, and what is fetched is counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import train
+from conftest import refused
 from model import GPT, GPTConfig, MoE
 from scale.offload import offload
 from study import routers
+from study.offload import Config, report
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=4, n_head=2, n_embd=16, moe_layers=(0, 1, 3), n_experts=6,
                    experts_per_token=2)
@@ -70,8 +75,11 @@ def test_the_least_recently_used_leaves_first_and_a_wrong_guess_drives_out_nothi
 
 
 def test_each_token_finds_here_what_it_was_said_to_and_guesses_are_the_next_routers(prompts):
-    model, R = new_model(), 2
-    caches, inputs = offload(model, R, True, 'cpu'), []
+    model, inputs = new_model(), []
+    before = {p.data_ptr() for p in model.parameters()}
+    caches = offload(model, 2, True, 'cpu')
+    assert not before & {p.data_ptr() for p in model.parameters()}      # out of a file that may be mapped
+    assert {p.data_ptr() for cache in caches for e in cache.experts for p in e.parameters()} < before
     model.h[0].mlp.register_forward_pre_hook(lambda moe, args: inputs.append(args[0].flatten(0, 1)))
     kv = model.new_cache(1)
     with torch.no_grad():
@@ -97,3 +105,18 @@ def test_a_hashed_routers_experts_are_all_fetched_before_the_first_block(kind, p
     for cache in caches:
         assert len(cache.seen) == 9 and cache.copies > 3
         assert all(set(needed) == set(guess) == set(here) for needed, here, guess, _ in cache.seen)
+
+
+def test_the_report_of_a_trained_run_has_every_way_with_the_same_tokens(cfg, capsys):
+    train.train(replace(cfg, moe_layers=(0, 1), max_steps=1))
+    capsys.readouterr()
+    report(Config(init_from=cfg.out_dir, resident=1, device='cpu'))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if '%' in line]
+    assert len(rows) % 5 == 0 and all(row.split()[-1] == '100.0%' for row in rows)
+    for row in rows:
+        if 'nothing kept' in row:
+            assert row.split()[-4:-2] == ['0.00', '4.00']       # 2 experts in each of 2 mixtures
+    assert 'layer 1: guessed' in lines[-1]
+    train.train(replace(cfg, moe_layers=(), max_steps=1, out_dir=cfg.out_dir + '2'))
+    refused('has no mixtures', capsys, report, Config(init_from=cfg.out_dir + '2', device='cpu'))
