@@ -396,15 +396,18 @@ def file_hash(path: str) -> str:
         die(f'{path} cannot be read ({error}); name another --init_from, or train that run again')
 
 
-def begin_folder(cfg: GPTConfig, config: dict, model: GPT, device: str, meta: dict,
+def begin_folder(cfg: GPTConfig, config: dict, model: GPT, sizes: tuple[int, int], device: str, meta: dict,
                  parent: dict | None, parent_val: dict | None, step: int) -> int:
-    """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes."""
-    total, active = model.count_parameters()
-    mb = 4 * total / 1e6
+    """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes.
+
+    sizes: the parameters of the whole model and those active for a token; this process may have fewer.
+    """
+    total, active = sizes
+    mb = 4 * sum(p.numel() for p in model.parameters()) / 1e6
     print(f'{device}, {cfg.precision}, {total:,} parameters, '
           f'{active:,} of them active for a token')
     print(f'memory: weights {mb:,.1f} MB, gradients {mb:,.1f} MB, Adam {2 * mb:,.1f} MB, '
-          f'and activations; a checkpoint takes {3 * mb:,.1f} MB')
+          f'and activations; a checkpoint takes {12 * total / 1e6:,.1f} MB')
     folder = lock(cfg.out_dir)
     try:
         check_disk(cfg.out_dir, 12 * total)
@@ -460,7 +463,12 @@ def set_up_device(cfg: GPTConfig) -> str:
         (cfg.cuda_graph and several,
          'cuda_graph is for one process, since an exchange of gradients cannot be in it; leave it out'),
         (cfg.cuda_graph and cfg.recompute,
-         'cuda_graph records random numbers, which recompute would draw once more; leave one of them out')]
+         'cuda_graph records random numbers, which recompute would draw once more; leave one of them out'),
+        (cfg.dispatch == 'parallel' and not several,
+         'dispatch=parallel spreads experts over processes and this is one; start several by '
+         'torchrun --nproc_per_node=2 train.py ..., or add --dispatch=loop'),
+        (cfg.dispatch == 'parallel' and cfg.compile,
+         'dispatch=parallel exchanges tokens by calls that compile was not tried on; leave one of them out')]
     for is_so, message in wrong:
         if is_so:
             die(message)
@@ -470,15 +478,24 @@ def set_up_device(cfg: GPTConfig) -> str:
     return device
 
 
-def set_up_model(model: GPT, cfg: GPTConfig, device: str) -> None:
+def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None = None) -> None:
     """Moves a model to its device and lets it compute as cfg asks, its parameters staying what they are.
-    Dies if a graph cannot hold its mixtures, which may be its parent's and unknown before."""
+    Dies if a graph cannot hold its mixtures, which may be its parent's and unknown before.
+
+    dispatch='parallel' leaves in each process its experts alone, and so in a checkpoint's optimizer.
+    """
     if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'loop':
         die('cuda_graph cannot hold a loop that waits for the device; add --dispatch=triton, or '
             '--dispatch=grouped with --precision=bf16')
     if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'grouped' and cfg.precision != 'bf16':
         die('outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
             '--precision=bf16, or --dispatch=triton')
+    if cfg.dispatch == 'parallel' and model.mixtures():
+        from scale.parallel import spread
+        if model.config.n_experts % dist.get_world_size():
+            die(f'n_experts={model.config.n_experts} cannot be spread over {dist.get_world_size()} '
+                'processes; start a number that divides it')
+        spread(model, optimizer)
     model.to(device).train()
     model.recompute = cfg.recompute
     if cfg.dispatch == 'grouped':
@@ -488,7 +505,7 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str) -> None:
     elif cfg.dispatch == 'capacity':
         from scale.capacity import capacity
         dispatch = partial(capacity, factor=cfg.capacity_factor)
-    if cfg.dispatch != 'loop':
+    if cfg.dispatch in ('grouped', 'triton', 'capacity'):
         for moe in model.mixtures().values():
             moe.dispatch = dispatch
     if cfg.precision != 'fp32' and device.startswith('cuda'):
@@ -605,6 +622,14 @@ def told_to_stop(stop: list[int], step: int, world: int, device: str) -> bool:
         die(f'the processes are at different steps, {-lowest} and {highest}: '
             '--out_dir must be one folder for all')
     return bool(stopped)
+
+
+def of_first_process(row: dict, world: int) -> dict:
+    """The first process's row, in all: what rounds differently must not decide differently."""
+    rows = [row]
+    if world > 1:
+        dist.broadcast_object_list(rows)
+    return rows[0]
 
 
 def of_all_processes(stats: Tensor, counts: Tensor, world: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ class Config(GPTConfig):
     eval_windows: int = 64                      # validation sequences per domain
     save_interval: int = 1000                   # steps between checkpoints
     precision: str = 'fp32'                     # of matrix products: fp32, tf32 (NVIDIA) or bf16; all else is fp32
-    dispatch: str = 'loop'                      # over experts, or grouped, capacity, triton: without a loop (scale/)
+    dispatch: str = 'loop'                      # over experts, or grouped, capacity, triton, parallel (scale/)
     capacity_factor: float = 1.25               # places per expert, relative to an even share (dispatch=capacity)
     cuda_graph: bool = False                    # launch each micro-batch as one CUDA graph (scale/graph.py)
     compile: bool = False                       # torch.compile the model: a minute to start, then faster
@@ -86,7 +86,7 @@ class Config(GPTConfig):
         self.require_range(0, 1, 'warmup_fraction', 'beta1', 'beta2')
         self.require_range(1e-9, math.inf, 'grad_clip', 'capacity_factor')
         self.require_one_of(('fp32', 'tf32', 'bf16'), 'precision')
-        self.require_one_of(('loop', 'grouped', 'capacity', 'triton'), 'dispatch')
+        self.require_one_of(('loop', 'grouped', 'capacity', 'triton', 'parallel'), 'dispatch')
 
 
 def windows(places: list[tuple[np.ndarray, int]], cfg: Config, device: str) -> tuple[Tensor, Tensor]:
@@ -232,10 +232,12 @@ def parts_of_a_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, cf
             group['lr'] = lr
         optimizer.step()
 
-    parameters = list(model.parameters())
+    clip, parameters = torch.nn.utils.clip_grad_norm_, list(model.parameters())
+    if cfg.dispatch == 'parallel':
+        from scale.parallel import clip
     model = torch.compile(model) if cfg.compile else model
     parts = (partial(micro_batch, model, cfg, balance_loss), model,
-             partial(torch.nn.utils.clip_grad_norm_, parameters, cfg.grad_clip), update)
+             partial(clip, parameters, cfg.grad_clip), update)
     if cfg.cuda_graph:
         from scale.graph import record
         parts = record(*parts)
@@ -276,7 +278,8 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
         at_first = measure(start.parent_model, data['val'], one, device, polled, 'the parent')
     if cfg.eval_only:
         return at_first
-    runs.set_up_model(model, cfg, device)
+    sizes = model.count_parameters()                                # of all processes together
+    runs.set_up_model(model, cfg, device, start.optimizer)
     optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), fused=True,
                                   betas=(cfg.beta1, cfg.beta2), capturable=cfg.cuda_graph)
     if start.optimizer:
@@ -286,18 +289,22 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     del start                                                       # and the memory of what was read
     folder, wrapped = None, model
     if main:
-        folder = runs.begin_folder(cfg, config, model, device, meta, parent, at_first.get('val'), step)
+        folder = runs.begin_folder(cfg, config, model, sizes, device, meta, parent, at_first.get('val'), step)
     if world > 1:       # where experts are idle, parameters get no gradient in any process
-        wrapped = DistributedDataParallel(model, find_unused_parameters=bool(cfg.moe_layers))
+        idle = bool(cfg.moe_layers) and cfg.dispatch != 'parallel'  # there they are none of DDP's
+        wrapped = DistributedDataParallel(model, find_unused_parameters=idle)
     work, forward, clip, update = parts_of_a_step(wrapped, optimizer, cfg, balance_loss)
 
     def keep(name: str, **more) -> None:
         """Writes a checkpoint of this step."""
         split = {'batch_size': cfg.batch_size, 'grad_accum_steps': cfg.grad_accum_steps}
+        state = {'format': 1, 'step': step, 'config': config, 'split': split, 'data': meta, 'parent': parent,
+                 'mixture': runs.mixture_name(model), 'model': model.state_dict(), **more}
+        if cfg.dispatch == 'parallel':
+            from scale.parallel import gather
+            gather(state, model)                                    # from all processes
         if main:
-            writer.save(os.path.join(cfg.out_dir, name), {
-                'format': 1, 'step': step, 'config': config, 'split': split, 'data': meta, 'parent': parent,
-                'mixture': runs.mixture_name(model), 'model': model.state_dict(), **more})
+            writer.save(os.path.join(cfg.out_dir, name), state)
 
     log, writer = os.path.join(cfg.out_dir, 'log.jsonl'), runs.Writer(device)
     row, seconds, steps = {'step': step}, 0.0, 0                    # spent and done since the last log
@@ -315,6 +322,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
                 except RuntimeError as error:
                     cfg = runs.smaller_batch(cfg, error, step)      # or raises it
                     continue
+                row = runs.of_first_process(row, world)
                 runs.check_finite(step, 'validation loss', row['val_mean'])
                 if row['val_mean'] < best:
                     best = row['val_mean']
