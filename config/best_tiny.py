@@ -1,12 +1,10 @@
 # the mixture that wins at this scale: experts by the last one, two and three bytes, in all layers, and no router
 #   python train.py config/tiny_dense.py        the parent, first
 #   python train.py config/best_tiny.py
-# Rows: study/RESULTS.md, arm sliced_ngram_all; the dense twin at the same rate is config/tiny_twin.py's with
-# --learning_rate=4e-3.
+# Rows: study/RESULTS.md, arm sliced_ngram_all
 from config.tiny import *
 
 out_dir = 'out/best_tiny'
 router = 'ngram'
 moe_layers = (0, 1, 2, 3)
 experts_per_token = 1
-learning_rate = 4e-3
