@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import train
-from study import bench
+from conftest import refused
+from study import bench, fast
 
 TINY = train.Config(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, moe_layers=(1,),
                     n_experts=4)
@@ -40,9 +42,18 @@ def test_every_part_gives_finite_positive_numbers(quick, monkeypatch, tmp_path):
     path = tmp_path / 'rows.json'
     bench.main(bench.Config(quick=quick, repeats=3, json=str(path), device='cpu'))
     parts = json.loads(path.read_text())['parts']
-    assert [*parts] == ['step', 'layer', 'memory', 'generate']              # 'fast' is for a GPU
+    assert [*parts] == ['step', 'layer', 'memory', 'generate']                    # the others are for a GPU
     assert [*map(len, parts.values())] == [1, 2, 5, 4 if quick else 8]
     assert parts['layer'][0].keys() >= {f'{name} ms' for name in (*bench.NAMES, 'capacity', 'grouped')}
     for row in sum(parts.values(), []):
         for key, n in row.items():
             assert type(n) not in (int, float) or math.isfinite(n) and (n > 0 or key == 'dropped %')
+
+
+def test_the_bench_of_the_keys_says_in_one_line_what_it_needs_and_which_rows_there_are(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    refused('study.fast measures an NVIDIA GPU and there is none', capsys, fast.main, fast.Config())
+    with pytest.raises(ValueError, match='loop,slow must be some of loop,tf32'):
+        fast.Config(ways='loop,slow')
+    for keys in (fast.WAYS | fast.GRAPHS).values():
+        replace(fast.FLAGSHIP, **keys)                          # keys and values that train.py has
