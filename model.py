@@ -464,9 +464,7 @@ class GPT(nn.Module):
 
 
 if __name__ == '__main__':      # a parent of one block, upcycled to 3 experts, reads 8 bytes
-    class Renormalised(MoE):
-        """Mixtral's rule for the weights, taken at its word for k = 1: p / p."""
-
+    class Renormalised(MoE):    # Mixtral's rule for the weights, taken at its word for k = 1: p / p
         def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
             p = probs.gather(1, experts)
             return p / p.sum(dim=-1, keepdim=True)
@@ -485,8 +483,18 @@ if __name__ == '__main__':      # a parent of one block, upcycled to 3 experts, 
         cells = ''.join(f'{p:10.3f}' for p in probs)
         print(f'{chr(byte)!r:5}{cells}{expert.item():13}{weight.item():11.1f}')
     print('tokens of each expert', routing.counts.tolist())
-    print(f'LM loss {loss:.4f}, balance loss {load_balance_loss(routing):.4f}, '
-          f'z-loss {z_loss(routing):.4f}')
+    cells = [f'{i:4} {chr(byte)!r}' for i, byte in enumerate(text)]             # each with its place
+    order, counts = routing.experts.flatten().argsort(stable=True), routing.counts      # as in sorted_loop
+    print('tokens  ', *cells, sep='')
+    print('sorted  ', *(cells[i] for i in order), sep='')
+    for i, (rows, end) in enumerate(zip(order.split(counts.tolist()), counts.cumsum(0))):
+        print(f'expert {i}' + ''.join(cells[j] for j in rows).rjust(8 * end))
+    print('put back', *(cells[i] for i in order.index_copy(0, order, order)), sep='')
+    balance = load_balance_loss(routing)
+    print(f'LM loss {loss:.4f}, balance loss {balance:.4f}, z-loss {z_loss(routing):.4f}')
+    for what in ('probs', 'logits'):
+        (gradient,) = torch.autograd.grad(balance, getattr(routing, what), retain_graph=True)      # (N, E)
+        print(f"gradient of the balance loss in {what + '[0]':9}", *(f'{g:7.3f}' for g in gradient[0]))
     difference = (logits - parent(idx)[0]).abs().max()
     print(f'largest difference between the logits of child and parent {difference:.1e}')
 
