@@ -369,9 +369,8 @@ class GPT(nn.Module):
             idx = torch.cat([idx, new], dim=1)
             yield new, routing
 
-    @torch.inference_mode()
     def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
-        """idx (B, T) -> (B, T + max_new_tokens). args: what `stream` takes besides. Keeps the mode."""
+        """idx (B, T) -> (B, T + max_new_tokens). args: as `stream` takes them. The mode is put back."""
         was_training = self.training
         self.eval()
         steps = zip(range(max_new_tokens), self.stream(idx, *args, **kwargs))

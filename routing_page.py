@@ -7,16 +7,18 @@ PAGE = '''<!doctype html>
   :root { color-scheme: light dark; font: 16px/1.5 sans-serif }
   body { max-width: 60rem; margin: auto; padding: 0 1rem } select { font: inherit; margin-right: 1rem }
   header { position: sticky; top: 0; padding: .7rem 0; background: Canvas; border-bottom: 1px solid }
-  #experts { display: flex; gap: .3rem; height: 7rem; text-align: center; font-size: .85rem }
-  #experts div { flex: 1; display: flex; flex-direction: column; justify-content: end }
-  #experts b, pre span:hover { outline: 2px solid CanvasText }
+  #experts { display: flex; flex-wrap: wrap; gap: .3rem; text-align: center; font-size: .85rem }
+  #experts div { flex: 1; min-width: 2.6rem; height: 7rem }
+  #experts div { display: flex; flex-direction: column; justify-content: end }
+  #experts b { border: 2px solid } pre span:hover { outline: 2px solid CanvasText }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 1rem/1.6 monospace }
   pre span { color: black } pre + pre { border-top: 1px solid; padding-top: 1em }
 </style>
 <header><label>layer <select></select></label><output></output><div id="experts"></div></header><main></main>
 <script>
 const {samples, layer, colours} = DATA              // samples: [text, {layer: [experts, probabilities]}], ...
-const [select, output, experts, main] = ['select', 'output', '#experts', 'main'].map(s => document.querySelector(s))
+const [select, output, experts, main] = ['select', 'output', 'div', 'main'].map(
+  name => document.querySelector(name))
 const add = (to, tag, text) => Object.assign(to.appendChild(document.createElement(tag)), {textContent: text})
 const colour = expert => `background: rgb(${colours[expert % colours.length]})`
 const spans = samples.map(tokens => ({tokens, pre: add(main, 'pre', '')})).flatMap(({tokens, pre}) =>
@@ -51,4 +53,4 @@ def make_page(samples: list, layer: int, colours: tuple[int, ...]) -> str:
     """The page of samples, lists of (text, {layer: (experts, probabilities)}), in colours of xterm's cube."""
     rgb = [[(0, 95, 135, 175, 215, 255)[(n - 16) // place % 6] for place in (36, 6, 1)] for n in colours]
     data = json.dumps({'samples': samples, 'layer': layer, 'colours': rgb})
-    return PAGE.replace('DATA', data.replace('<', '\\u003c'))       # '</script>' in a text would end the script
+    return PAGE.replace('DATA', data.replace('<', '\\u003c'))      # a text's '</script>' would end the script
