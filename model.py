@@ -8,7 +8,7 @@ Legend: B batch, T time, C channels (n_embd), H heads, V vocab_size,
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -257,11 +257,8 @@ class Block(nn.Module):
                 start: int) -> tuple[Tensor, Routing | None]:
         """x (B, T, C) -> x (B, T, C) and, if the MLP is a mixture, its Routing."""
         x = x + self.dropout(self.attn(self.ln_1(x), kv, start))
-        y, routing = self.ln_2(x), None
-        if isinstance(self.mlp, MoE):
-            y, routing = self.mlp(y, ids, noise)
-        else:
-            y = self.mlp(y)
+        y = self.ln_2(x)
+        y, routing = self.mlp(y, ids, noise) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
         return x + self.dropout(y), routing
 
 
@@ -353,22 +350,22 @@ class GPT(nn.Module):
                      like.new_full((B, 2 + T), -1, dtype=torch.long))
 
     @torch.inference_mode()
-    def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0,
-                 top_k: int | None = None, generator: torch.Generator | None = None,
-                 n_ids: int | None = None) -> Tensor:
-        """Continues idx (B, T), B prompts of one length -> (B, T + max_new_tokens).
+    def stream(self, idx: Tensor, temperature: float = 1.0, top_k: int | None = None,
+               generator: torch.Generator | None = None,
+               n_ids: int | None = None) -> Iterator[tuple[Tensor, dict[int, Routing]]]:
+        """Continues idx (B, T), B prompts of one length, without end. Yields the new tokens (B, 1) and
+        the {layer: Routing} of the pass that computed them: of the tokens that it read, not of these.
 
         temperature 0 takes the likeliest token; top_k samples among that many only; ids from n_ids on,
         which an encoding may lack, are never taken. Once block_size tokens are read, it begins again
-        from the last half of them. The model's mode is put back.
+        from the last half of them. The model has to be in eval mode.
         """
-        was_training = self.training
-        self.eval()
         cache, start, new = self.new_cache(len(idx)), 0, idx[:, -self.config.block_size:]
-        for _ in range(max_new_tokens):
+        while True:
             if start == self.config.block_size:
                 start, new = 0, idx[:, -max(1, self.config.block_size // 2):]
-            logits = self(new, cache=cache, start=start)[0][:, -1, :n_ids]          # (B, V)
+            logits, _, routing = self(new, cache=cache, start=start)
+            logits = logits[:, -1, :n_ids]                                          # (B, V)
             start += new.shape[1]
             if temperature == 0:
                 new = logits.argmax(dim=-1, keepdim=True)                           # (B, 1)
@@ -377,6 +374,14 @@ class GPT(nn.Module):
                 probs = (logits / temperature).softmax(dim=-1)                      # best first
                 new = ids.gather(1, torch.multinomial(probs, 1, generator=generator))
             idx = torch.cat([idx, new], dim=1)
+            yield new, routing
+
+    def generate(self, idx: Tensor, max_new_tokens: int, *args, **kwargs) -> Tensor:
+        """idx (B, T) -> (B, T + max_new_tokens). args: as `stream` takes them. The mode is put back."""
+        was_training = self.training
+        self.eval()
+        steps = zip(range(max_new_tokens), self.stream(idx, *args, **kwargs))
+        idx = torch.cat([idx, *(new for _, (new, _) in steps)], dim=1)
         self.train(was_training)
         return idx
 
@@ -466,9 +471,7 @@ class GPT(nn.Module):
 
 
 if __name__ == '__main__':      # a parent of one block, upcycled to 3 experts, reads 8 bytes
-    class Renormalised(MoE):
-        """Mixtral's rule for the weights, taken at its word for k = 1: p / p."""
-
+    class Renormalised(MoE):    # Mixtral's rule for the weights, taken at its word for k = 1: p / p
         def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
             p = probs.gather(1, experts)
             return p / p.sum(dim=-1, keepdim=True)
@@ -487,8 +490,18 @@ if __name__ == '__main__':      # a parent of one block, upcycled to 3 experts, 
         cells = ''.join(f'{p:10.3f}' for p in probs)
         print(f'{chr(byte)!r:5}{cells}{expert.item():13}{weight.item():11.1f}')
     print('tokens of each expert', routing.counts.tolist())
-    print(f'LM loss {loss:.4f}, balance loss {load_balance_loss(routing):.4f}, '
-          f'z-loss {z_loss(routing):.4f}')
+    cells = [f'{i:4} {chr(byte)!r}' for i, byte in enumerate(text)]             # each with its place
+    order, counts = routing.experts.flatten().argsort(stable=True), routing.counts      # as in sorted_loop
+    print('tokens  ', *cells, sep='')
+    print('sorted  ', *(cells[i] for i in order), sep='')
+    for i, (rows, end) in enumerate(zip(order.split(counts.tolist()), counts.cumsum(0))):
+        print(f'expert {i}' + ''.join(cells[j] for j in rows).rjust(8 * end))
+    print('put back', *(cells[i] for i in order.index_copy(0, order, order)), sep='')
+    balance = load_balance_loss(routing)
+    print(f'LM loss {loss:.4f}, balance loss {balance:.4f}, z-loss {z_loss(routing):.4f}')
+    for what in ('probs', 'logits'):
+        (gradient,) = torch.autograd.grad(balance, getattr(routing, what), retain_graph=True)      # (N, E)
+        print(f"gradient of the balance loss in {what + '[0]':9}", *(f'{g:7.3f}' for g in gradient[0]))
     difference = (logits - parent(idx)[0]).abs().max()
     print(f'largest difference between the logits of child and parent {difference:.1e}')
 

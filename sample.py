@@ -1,8 +1,10 @@
-"""Text from a trained run; on a terminal each token is coloured by the expert that a mixture sends it to.
+"""Text from a trained run, shown as it is made. On a terminal each token has the colour of the expert that a
+mixture sent it to when it was read.
 
     python sample.py                                    the run under out/ with the newest checkpoint
     python sample.py --init_from=out/tiny --prompt=def --layer=1        a run, a beginning, a mixture
     python sample.py --init_from=gpt2                   GPT-2 itself, or a .safetensors file
+    python sample.py --html=routing.html                a page as well: all mixtures, all probabilities
 """
 
 import codecs
@@ -12,18 +14,22 @@ import signal
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 os.environ.setdefault('GOMP_SPINCOUNT', '100')      # as in train.py: waiting threads sleep
 if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from tiktoken import Encoding
+from torch import Tensor
 
 from config import configure, die
 from model import GPT, GPTConfig
 from prepare import get_encoding
+from routing_page import make_page
 from runs import load_model, pick_device
 
 COLOURS = (110, 214, 150, 204, 222, 140, 80, 180, 113, 209, 75, 217, 186, 103, 173, 152)      # of xterm's 256
@@ -39,6 +45,7 @@ class Config:
     top_k: int = 50             # only among this many likeliest tokens; 0 is among all
     seed: int = 0               # of the sampling
     layer: int = -1             # the mixture whose experts give the colours; -1 is the last
+    html: str = ''              # a page to write, say routing.html: the text, and how each mixture routed it
     color: str = ''             # always or never; '' is on a terminal, unless NO_COLOR is set
     device: str = ''            # cuda, mps, cpu ...; '' is the first of these that is there
 
@@ -72,22 +79,32 @@ def guess_encoding(path: str, model: GPT) -> str:
     return 'bytes' if ids == 257 else 'gpt2'
 
 
-@torch.no_grad()
-def expert_of_each(model: GPT, idx: torch.Tensor, layer: int) -> list[int]:
-    """The first expert that the layer's mixture chooses for each token of idx (T,), a block_size at a time."""
-    experts = []
-    for part in idx.split(model.config.block_size):
-        _, _, routing = model(part[None])
-        experts += routing[layer].experts[:, 0].tolist()
-    return experts
+class Token(NamedTuple):
+    """A token that the model has read."""
+    text: str                                           # what it adds to the text
+    routes: dict[int, tuple[list[int], list[float]]]    # {layer: (its experts, each expert's probability)}
 
 
-def whole_characters(pieces: list[bytes]) -> list[str]:
-    """Each token's bytes as text: a character that several tokens share comes with the last of them."""
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    texts = [decoder.decode(piece) for piece in pieces]
-    texts[-1] += decoder.decode(b'', final=True)
-    return [''.join(map(harmless, text)) for text in texts]
+def read(model: GPT, encoding: Encoding, idx: Tensor, n: int, *sampling) -> Iterator[list[Token]]:
+    """Yields the tokens of idx (B, T), then n new ones, B at a time: each once the model has read it.
+
+    sampling: as GPT.stream takes it. A character that several tokens share comes with the last of them.
+    """
+    def of_unread(part: Tensor) -> list:                # the pass may have read older tokens before them
+        return part.unflatten(0, (len(unread), -1))[:, -unread.shape[1]:].tolist()      # (B, T, k or E)
+
+    decoders = [codecs.getincrementaldecoder('utf-8')('replace') for _ in idx]
+    unread, steps = idx, model.stream(idx, *sampling)
+    for step, (new, routing) in zip(range(n + 1), steps):       # the last pass reads the last token
+        routed = {i: (of_unread(r.experts), of_unread(r.probs)) for i, r in routing.items()}
+        for t, ids in enumerate(unread.T.tolist()):
+            tokens = []
+            for b, (decoder, token) in enumerate(zip(decoders, ids)):
+                text = decoder.decode(encoding.decode_single_token_bytes(token), final=step == n)
+                routes = {i: (experts[b][t], probs[b][t]) for i, (experts, probs) in routed.items()}
+                tokens.append(Token(''.join(map(harmless, text)), routes))
+            yield tokens
+        unread = new
 
 
 def harmless(char: str) -> str:
@@ -111,7 +128,8 @@ def print_legend(layer: int, experts: list[int], n_experts: int) -> None:
 
 
 def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
-    """Prints cfg.num_samples texts. build makes the model of a run whose mixtures are not MoE."""
+    """Prints cfg.num_samples texts and writes cfg.html. build makes the model of a run whose mixtures are
+    not MoE."""
     source = cfg.init_from or newest_run()
     model, path, saved = load_model(source, build)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -122,6 +140,8 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
     if layer >= 0 and layer not in mixtures:
         die(f'layer {layer} of {source} is no mixture; its mixtures are {list(mixtures) or "none"}; '
             'leave --layer out')
+    if cfg.html and not mixtures:
+        die(f'{source} is dense: it has no experts for a page to show; leave --html out')
     on_terminal = sys.stdout.isatty() and not os.environ.get('NO_COLOR')
     coloured = layer >= 0 and (cfg.color == 'always' or cfg.color == '' and on_terminal)
     device = pick_device(cfg.device)
@@ -131,21 +151,38 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
     if len(prompt) > model.config.block_size:
         die(f'the prompt has {len(prompt)} tokens, {source} takes at most {model.config.block_size}; '
             'shorten it')
+    try:                                        # before there is a text to lose
+        page = open(cfg.html, 'w', encoding='utf-8') if cfg.html else None
+    except OSError as error:
+        die(f'{cfg.html} cannot be written ({error}); name another --html')
     print(path, *([f'step {saved["step"]}'] if saved else []), file=sys.stderr)
-    idx = torch.tensor([prompt or [encoding.eot_token]] * cfg.num_samples, device=device)
+    idx = torch.tensor([prompt or [encoding.eot_token]] * cfg.num_samples, device=device)     # (B, T)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    idx = model.generate(idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k or None, generator,
-                         encoding.n_vocab)
+    columns = read(model, encoding, idx, cfg.max_new_tokens,
+                   cfg.temperature, cfg.top_k or None, generator, encoding.n_vocab)
+    if not prompt:
+        next(columns)                           # the end-of-text that begins a document is not text
 
-    begin = 0 if prompt else 1                  # the end-of-text that began a document is not text
-    pieces = [[encoding.decode_single_token_bytes(t) for t in row[begin:].tolist()] for row in idx]
-    texts = [whole_characters(row) for row in pieces]
+    def shown(token: Token) -> str:
+        return paint(token.text, token.routes[layer][0][0]) if coloured else token.text
+
+    samples = [[] for _ in idx]
+    print('-' * 80)
+    for column in columns:                      # the first sample is shown as it is made, the others then
+        print(shown(column[0]), end='', flush=True)
+        for row, token in zip(samples, column):
+            row.append(token)
+    print()
+    for row in samples[1:]:
+        print('-' * 80, ''.join(map(shown, row)), sep='\n')
     if coloured:
-        experts = [expert_of_each(model, row, layer)[begin:] for row in idx]
-        print_legend(layer, sum(experts, []), model.config.n_experts)
-        texts = [map(paint, *pair) for pair in zip(texts, experts)]
-    for text in texts:
-        print('-' * 80, ''.join(text), sep='\n')
+        print('-' * 80)
+        routes = [token.routes[layer] for row in samples for token in row]
+        print_legend(layer, [experts[0] for experts, _ in routes], n_experts=len(routes[0][1]))
+    if page:
+        with page:
+            page.write(make_page(samples, layer, COLOURS))
+        print(f'{cfg.html} is written; open it in a browser', file=sys.stderr)
 
 
 if __name__ == '__main__':

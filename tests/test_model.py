@@ -1,6 +1,7 @@
 """The model and its mixture, each against another way to compute the same."""
 
 import math
+import re
 import runpy
 from dataclasses import replace
 
@@ -287,6 +288,20 @@ def test_the_worked_example_shows_what_the_readme_says_of_it(capsys):
         assert probs[int(expert)] == max(probs) and weight == 1 and abs(sum(probs) - 1) < 2e-3
     counts = [sum(row[3] == expert for row in rows) for expert in range(3)]
     assert lines[9] == f'tokens of each expert {counts}'
-    difference, gradient, without = (float(line.split()[-1]) for line in lines[11:14])
+    text, order = 'to be or', sorted(range(8), key=lambda i: rows[i][3])       # Python's sort is stable
+    places = [[i for i in order if rows[i][3] == expert] for expert in range(3)]
+    steps = dict(zip(('tokens', 'sorted', 'expert 0', 'expert 1', 'expert 2', 'put back'),
+                     (range(8), order, *places, range(8))))
+    for (name, expected), line in zip(steps.items(), lines[10:16]):
+        assert line[:8].rstrip() == name
+        assert re.findall(r"(\d) ('.')", line[8:]) == [(str(i), repr(text[i])) for i in expected]
+        if 'expert' in name:                                # each slice stands below its part of the sorted row
+            assert all(a in (' ', b) for a, b in zip(line[8:], lines[11][8:]))
+    by_probs = [3 * count / 8 / 8 for count in counts]      # E * share / N
+    mean = sum(p * g for p, g in zip(rows[0], by_probs))
+    for line, expected in zip(lines[17:19], (by_probs, [p * (g - mean) for p, g in zip(rows[0], by_probs)])):
+        assert [float(number) for number in line.split()[-3:]] == pytest.approx(expected, abs=1e-3)
+    difference, gradient, without = (float(line.split()[-1]) for line in lines[19:22])
     assert difference < 1e-6 and gradient > 1e-3 and without < 1e-6 * gradient
-    assert [line for line in lines[:10] if f'    {line}' not in readme] == []
+    assert max(map(len, lines)) <= 80
+    assert [line for line in lines[:16] + lines[17:19] if f'    {line}' not in readme] == []

@@ -1,5 +1,6 @@
-"""What a person sees: whole characters, harmless ones, and colours that stay on their tokens."""
+"""What a person sees: whole characters, harmless ones, as they are made, in colours that stay on their tokens."""
 
+import io
 import json
 import os
 import re
@@ -22,7 +23,11 @@ from model import GPT, GPTConfig
     ([b'\xc3', b'x'], ['', '\ufffdx']), ([b'a', b'\xe4'], ['a', '\ufffd']),
     ([b'\x1b[2J', b'\r\x00', '\n\t \u202e'.encode()], ['\\x1b[2J', '\\r\\x00', '\n\t \\u202e'])])
 def test_bytes_are_joined_to_whole_characters_and_what_a_terminal_obeys_is_written_out(pieces, texts):
-    assert sample.whole_characters(pieces) == texts
+    encoding = SimpleNamespace(decode_single_token_bytes=[*pieces, b'x'].__getitem__)
+    first, *rest = torch.tensor([[[i], [len(pieces)]] for i in range(len(pieces))])     # another sample beside it
+    model = SimpleNamespace(stream=lambda idx: ((new, {}) for new in [*rest, first]))
+    read = list(sample.read(model, encoding, first, len(rest)))
+    assert [[token.text for token in row] for row in zip(*read)] == [texts, ['x'] * len(pieces)]
 
 
 @pytest.mark.parametrize('text, expected', [
@@ -32,15 +37,29 @@ def test_a_colour_ends_before_each_newline(text, expected):
     assert sample.paint('a', 1) != sample.paint('a', 0) == sample.paint('a', len(sample.COLOURS))
 
 
-def test_each_token_has_the_expert_that_one_forward_pass_over_the_text_sends_it_to(cfg):
-    torch.manual_seed(0)
-    model, idx = GPT(cfg).eval(), torch.randint(257, (20,))
-    first, second = (model(part[None])[2][1].experts[:, 0].tolist() for part in (idx[:16], idx[16:]))
-    assert sample.expert_of_each(model, idx, 1) == first + second and len(set(first + second)) > 1
-
-
 NUMBERS = SimpleNamespace(eot_token=50256, n_vocab=50257, decode_single_token_bytes=lambda token: b' %d' % token,
                           encode=lambda text, allowed_special: [int(word) for word in text.split()])
+
+
+@pytest.mark.parametrize('prompt, block_size', [(3, 16), (16, 16), (2, 5), (1, 1)])
+def test_each_token_has_the_routes_of_a_pass_without_a_cache_over_the_window_in_which_it_was_read(
+        prompt, block_size, cfg):
+    torch.manual_seed(0)
+    model = GPT(replace(cfg, block_size=block_size, moe_layers=(0, 1))).double().eval()
+    for p in model.parameters():
+        p.data *= 5                             # so that the context decides, not the token
+    idx, begin, sampling = torch.randint(257, (2, prompt)), 0, (1.0, 50)
+    written = model.generate(idx, 30, *sampling, torch.Generator().manual_seed(1))
+    read = list(sample.read(model, NUMBERS, idx, 30, *sampling, torch.Generator().manual_seed(1)))
+    assert [[int(token.text) for token in row] for row in zip(*read)] == written.tolist()
+    for t, tokens in enumerate(read):
+        if t - begin == block_size:             # the window is full: its last half begins anew
+            begin = t + 1 - max(1, block_size // 2)
+        for layer, expected in model(written[:, begin:t + 1])[2].items():
+            experts, probs = zip(*(token.routes[layer] for token in tokens))
+            assert list(experts) == expected.experts.unflatten(0, (2, -1))[:, -1].tolist()
+            expected = expected.probs.unflatten(0, (2, -1))[:, -1]
+            torch.testing.assert_close(torch.tensor(probs).double(), expected, rtol=0, atol=1e-7)
 
 
 @pytest.fixture
@@ -65,8 +84,10 @@ def test_colour_is_for_terminals_unless_forced_and_the_text_is_the_same(
     monkeypatch.setenv('NO_COLOR', no_color)
     monkeypatch.setattr('sys.stdout.isatty', lambda: tty)
     out = text_of(color=color)
-    legend, *text = re.sub(r'\x1b\[[0-9;]*m', '', out).partition('-' * 80)
-    assert ('\x1b' in out) == coloured == bool(legend) and ''.join(text) == plain
+    text, legend = re.sub(r'\x1b\[[0-9;]*m', '', out), ''
+    if coloured:
+        text, _, legend = text.rpartition('-' * 80 + '\n')
+    assert ('\x1b' in out) == coloured == bool(legend) and text == plain
     if coloured:
         shares = [int(share) for share in re.findall(r'(\d+)%', legend)]
         assert len(shares) == 16 and 90 < sum(shares) < 110 and text_of(color=color) == out
@@ -85,12 +106,55 @@ def test_a_seed_repeats_its_sample_another_gives_another_and_top_k_0_is_among_al
     ('a\udcc3', [97, 0xef, 0xbf, 0xbd], 'a\ufffd')])        # what a shell makes of half a character
 def test_a_sample_is_its_prompt_and_what_follows_less_the_end_of_text_that_begins_a_document(
         prompt, ids, shown, text_of, monkeypatch):
-    def generate(self, idx, *args):                         # what follows ends within a character
+    def stream(self, idx, *args):                           # what follows ends within a character
         assert idx.tolist() == [ids, ids]
-        return torch.cat([idx, torch.tensor([[0xc3, 0xa9, 32, 0xe4]] * 2)], dim=1)
+        yield from ((torch.tensor([[token]] * 2), {}) for token in (0xc3, 0xa9, 32, 0xe4, 33))
 
-    monkeypatch.setattr(GPT, 'generate', generate)
-    assert text_of(prompt=prompt) == f'{"-" * 80}\n{shown}\u00e9 \ufffd\n' * 2
+    monkeypatch.setattr(GPT, 'stream', stream)
+    assert text_of(prompt=prompt, max_new_tokens=4) == f'{"-" * 80}\n{shown}\u00e9 \ufffd\n' * 2
+
+
+def test_the_first_sample_is_shown_as_it_is_made_and_the_others_behind_it(text_of, monkeypatch):
+    out, shown = io.TextIOWrapper(io.BytesIO()), []         # it keeps what is written until it is flushed
+
+    def stream(self, idx, *args):
+        for token in b'c\xc3\xa9d.':
+            yield torch.tensor([[token]] * 2), {}
+            shown.append(out.buffer.getvalue().decode())
+
+    monkeypatch.setattr(GPT, 'stream', stream)
+    monkeypatch.setattr('sys.stdout', out)
+    text_of(max_new_tokens=4)
+    out.flush()
+    dashes = '-' * 80 + '\n'
+    assert shown == [dashes + text for text in ('ab', 'abc', 'abc', 'abc\u00e9')]
+    assert out.buffer.getvalue().decode() == (dashes + 'abc\u00e9d\n') * 2
+
+
+def data_of(page):
+    """What the page's script is given."""
+    return json.JSONDecoder().raw_decode(page, page.index('{"samples"'))[0]
+
+
+def test_a_page_shows_a_text_and_never_obeys_it():
+    samples = [[['</script><!--<script>', {'1': [[0], [1.0]]}], ['&lt;\u00e9DATA"\'', {'1': [[0], [1.0]]}]]]
+    page = sample.make_page(samples, 1, sample.COLOURS)
+    assert data_of(page)['samples'] == samples and page.isascii()
+    assert page.count('<script') == page.count('</script') == 1 and '<!--' not in page
+
+
+def test_the_page_holds_each_token_and_its_routes_and_asks_no_network(text_of, tmp_path):
+    out = text_of(html=str(tmp_path / 'page.html'))
+    page = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    data = data_of(page)
+    assert not re.search(r'https?:|src=|href|import|url\(|fetch', page)
+    assert data['layer'] == 1 and data['colours'][0] == [0x87, 0xaf, 0xd7]      # xterm's 110
+    texts = [''.join(text for text, _ in tokens) for tokens in data['samples']]
+    assert out == ''.join(f'{"-" * 80}\n{text}\n' for text in texts) and texts[0] != texts[1]
+    for _, routes in sum(data['samples'], []):
+        (layer, (experts, probs)), = routes.items()
+        best = sorted(range(16), key=lambda expert: -probs[expert])
+        assert layer == '1' and experts == best[:2] and len(probs) == 16 and sum(probs) == pytest.approx(1)
 
 
 def test_pretrained_weights_are_sampled_from_their_file(tmp_path, monkeypatch, text_of):
@@ -145,10 +209,13 @@ def test_the_newest_run_is_sampled_unless_another_is_named(tmp_path, monkeypatch
     (dict(init_from=str(ROOT / 'tests/fixtures/tiny_gpt2.safetensors')), "32 channels are no width of GPT-2's"),
     (dict(init_from='ids'), 'has 300 token ids, fewer than the 50257 of GPT-2 and not the 257 of bytes'),
     (dict(init_from=''), 'there is no run under out/ yet'), (dict(device='abacus'), 'device=abacus'),
-    (dict(prompt='x' * 17), 'the prompt has 17 tokens'), (dict(layer=0), 'layer 0 of')])
+    (dict(prompt='x' * 17), 'the prompt has 17 tokens'), (dict(layer=0), 'layer 0 of'),
+    (dict(html='page.html', init_from='dense'), 'dense is dense: it has no experts'),
+    (dict(html='none/page.html'), 'none/page.html cannot be written')])
 def test_mistakes_end_in_one_line_and_exit_code_2(argv, message, cfg, text_of, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    GPT(replace(cfg, moe_layers=(), vocab_size=300)).save_pretrained('ids')
+    for name, ids in ('ids', 300), ('dense', 257):
+        GPT(replace(cfg, moe_layers=(), vocab_size=ids)).save_pretrained(name)
     refused(message, capsys, text_of, **argv)
 
 
