@@ -29,8 +29,8 @@ from torch import Tensor
 from config import configure, die
 from model import GPT, GPTConfig
 from prepare import get_encoding
-from routing_page import make_page
 from runs import load_model, pick_device
+from study.page import make_page
 
 COLOURS = (110, 214, 150, 204, 222, 140, 80, 180, 113, 209, 75, 217, 186, 103, 173, 152)      # of xterm's 256
 
