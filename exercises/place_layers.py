@@ -2,13 +2,13 @@
 
 The text is made of 12 letters. Nine times in ten a letter follows from the two before it, by a table of 144
 random entries. A dense parent of three layers reads the text for 200 steps, too few and too narrow to know
-the table well. Then it is upcycled: mixtures of 8 experts, top-2, in two layers at most, and 120 steps more.
+the table well. Then it is upcycled: mixtures of 8 experts, top-2, in two layers at most, and 160 steps more.
 
 config/moe_gpt2.py puts its mixtures into the last layers. Do so here, (1, 2), and you have the loss that is
-to be beaten, by MARGIN or more. Before you try: in which layer can a token first know the letter before it,
-and in which part of that layer would the table be stored?
+to be beaten, by MARGIN or more. Make a guess before you try: in which layer can a token first know the letter
+before it, and which part of that layer can look something up?
 
-    python -m exercises 9           takes about 6 seconds on an idle core
+    python -m exercises 9           takes about 8 seconds on an idle core
 """
 
 import tempfile
@@ -29,11 +29,13 @@ def losses(*placements: tuple[int, ...]) -> list[float]:
     """The validation loss of the upcycled parent at its end, for each of these layers."""
     with tempfile.TemporaryDirectory() as folder:
         write_text(Path(folder), 'abcdefghijkl', 0.9)
-        shape = dict(n_layer=3, learning_rate=2e-2, log_interval=1000)
-        run(Config(**settings(Path(folder), **shape, out_dir=f'{folder}/parent', max_steps=200)))
-        shape |= dict(init_from=f'{folder}/parent', experts_per_token=2, max_steps=120)
-        return [run(Config(**settings(Path(folder), **shape, out_dir=f'{folder}/{i}', moe_layers=layers)))['val_mean']
+        shape = dict(n_layer=3, log_interval=1000)
+        run(Config(**settings(Path(folder), **shape, out_dir=f'{folder}/parent', max_steps=200,
+                              learning_rate=2e-2)))
+        shape |= dict(init_from=f'{folder}/parent', experts_per_token=2, max_steps=160)
+        arms = [settings(Path(folder), **shape, out_dir=f'{folder}/{i}', moe_layers=layers)
                 for i, layers in enumerate(placements)]
+        return [run(Config(**arm))['val_mean'] for arm in arms]
 
 
 def check(answer) -> str:
@@ -48,8 +50,8 @@ def check(answer) -> str:
     said = f'The loss is {mine:.4f} with {layers}, and {given:.4f} with (1, 2): '
     if given - mine < MARGIN:
         raise Wrong(said + f'{given - mine:.4f} better, {MARGIN} is asked for. ' + (
-            'There is room for another mixture.' if len(layers) == 1 else 'Where is the table stored?'))
+            'There is room for another mixture.' if len(layers) == 1 else 'Which layer have you left out?'))
     return (said + f'{given - mine:.4f} better. The attention of layer 0 brings the letter before, so the '
-            'MLP of layer 0 is the first that can hold the table, and there more parameters help most. On '
-            'real text, where there is something to look up at every depth, placing matters less, '
-            'and only a run can tell.')
+            'MLP of layer 0 is the first that can look up the table. But this was one seed. With seeds 0 to 5 '
+            '(0, 2) beat (1, 2) by 0.045, 0.064, 0.027, 0.014 and 0.011 and lost by 0.029 when this was written: a '
+            'comparison of placements takes several seeds, as study/experiment.py runs them.')
