@@ -51,7 +51,7 @@ def check(answer) -> str:
     if given - mine < MARGIN:
         raise Wrong(said + f'{given - mine:.4f} better, {MARGIN} is asked for. ' + (
             'There is room for another mixture.' if len(layers) == 1 else 'Which layer have you left out?'))
-    return (said + f'{given - mine:.4f} better. The attention of layer 0 brings the letter before, so the '
-            'MLP of layer 0 is the first that can look up the table. But this was one seed. '
-            'When this was written, seeds 0 to 5 gave (0, 2) a lead over (1, 2) of 0.045, 0.064, 0.027, 0.014, '
-            '0.011 and -0.029. A comparison of placements takes several seeds, as study/experiment.py runs them.')
+    return (said + f'{given - mine:.4f} better. A fair guess is that the MLP of layer 0 is the first that can '
+            'look something up by two letters. But one seed does not show it: when this was written, seeds 0 to '
+            '5 gave (0, 2) a lead over (1, 2) of 0.040, -0.021, -0.008, 0.011, 0.025 and 0.029, which is not '
+            'resolved. Before you believe a placement, run several seeds, as study/experiment.py does.')

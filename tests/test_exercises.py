@@ -3,12 +3,14 @@
 import contextlib
 import importlib
 import io
+import subprocess
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import exercises
+from conftest import ROOT
 from exercises import dispatch, place_layers
 from exercises.host_waits import Waits, mistral_loop
 from model import MoE, sorted_loop
@@ -30,16 +32,20 @@ def covered(tmp_path, monkeypatch):
     def run_here(command, **_):             # torch is here already
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
-            code = pytest.main([*command[3:]])
+            code = pytest.main(command[3:])
         return SimpleNamespace(returncode=code, stdout=said.getvalue())
-    monkeypatch.setattr(dispatch.subprocess, 'run', run_here)
+    monkeypatch.setattr(dispatch, 'subprocess', SimpleNamespace(run=run_here))
     monkeypatch.setattr(dispatch, 'TEST', tmp_path / 'test_copy.py')
 
 
 @pytest.mark.parametrize('name', exercises.NAMES)
 def test_each_answer_is_right_and_an_empty_place_is_not_answered_yet(name, covered, capsys):
     assert exercises.judge(name, answer_to(name))
-    assert capsys.readouterr().out.startswith('Right. ')
+    said = capsys.readouterr().out
+    assert said.startswith('Right. ') and ('9 passed' in said or name != 'dispatch')
+    changed = subprocess.run(['git', 'diff', '--quiet', f'exercises/{name}.py'], cwd=ROOT).returncode
+    if changed == 1:
+        pytest.skip('you are at it')
     assert not exercises.judge(name)
     said = capsys.readouterr()
     assert said.out.startswith('Not answered yet. ') and f'exercises/{name}.py' in said.out and not said.err
@@ -129,7 +135,7 @@ def test_the_command_takes_a_number_or_a_name_and_otherwise_lists_them(capsys):
 @pytest.mark.parametrize('code, said', [(5, "by the name 'mine'"), (1, 'one failed')])     # pytest's: none, failed
 def test_a_right_dispatch_has_to_be_in_the_one_test_and_pass_it(code, said, monkeypatch, capsys):
     result = SimpleNamespace(returncode=code, stdout='one failed')
-    monkeypatch.setattr(dispatch.subprocess, 'run', lambda *_, **__: result)
+    monkeypatch.setattr(dispatch, 'subprocess', SimpleNamespace(run=lambda *_, **__: result))
     assert not exercises.judge('dispatch', answer_to('dispatch'))
     assert said in ' '.join(capsys.readouterr().out.split())
 
