@@ -1,0 +1,1 @@
+"""One answer to each exercise, for when you have yours."""
