@@ -430,7 +430,7 @@ def test_the_whole_path_from_the_command_line_twice_and_after_interruptions(text
     assert 'out/dense has not finished' in run(moe)
     assert 'out/moe is finished' in run(moe)
     out = run('sample.py --color=always --max_new_tokens=40 --num_samples=2')
-    assert 'out/moe/best.pt' in out and out.count('-' * 80) == 2 and '\x1b[30;48;5;' in out
+    assert 'out/moe/best.pt' in out and out.count('-' * 80) == 3 and '\x1b[30;48;5;' in out
 
 
 @pytest.mark.parametrize('rank, world', [(None, '2'), (None, 'abc'), ('1', None), ('2', '2')])
