@@ -3,6 +3,7 @@
     python -m study.draw                                    the tiny scale
     python -m study.draw --scale=gpt2 --steps=10000         GPT-2's shape, the long runs
     python -m study.draw --lines=top1,top2,hash_all         the arms that are drawn as lines
+    python -m study.draw out/tiny                           your own run: losses and shares, in its folder
 
 They are readable on light as on dark pages (grey text, no ground), and lines are labelled at their ends.
 Needs matplotlib. A picture whose rows are not there is left out.
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import fmean
 
 if __name__ == '__main__':      # Ctrl-C: just leave
@@ -19,6 +21,7 @@ if __name__ == '__main__':      # Ctrl-C: just leave
 
 import numpy as np
 
+import runs
 from config import configure, die
 from study.rows import COMMITTED, TIME_KEY, Result, by_clock, comparisons, pick, read_rows, results
 
@@ -186,10 +189,42 @@ def draw_balance(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
     return figure
 
 
-def draw(cfg: Config) -> None:
-    """Draws the pictures of one comparison."""
+def draw_run(folder: str) -> 'plt.Figure':
+    """A run from its log: the loss of each domain over the steps, and each expert's share in each mixture."""
+    rows = [row for row in runs.read_log(folder) if 'val' in row]
+    if not rows:
+        die(f'{folder} holds no log.jsonl with an evaluation; name the folder of a run, such as out/tiny')
+    with runs.reading(os.path.join(folder, 'log.jsonl')):
+        steps, layers = [row['step'] for row in rows], list(rows[0]['share'])
+    figure, axes = plt.subplots(1, 1 + len(layers), figsize=(4.5 * (1 + len(layers)), 3.2), layout='constrained',
+                                squeeze=False)
+    curves = {domain: [row['val'][domain] for row in rows] for domain in rows[0]['val']}
+    panels = [('validation loss, nats per token', curves)]
+    for layer in layers:
+        shares = np.array([np.mean(list(row['share'][layer].values()), axis=0) for row in rows])    # (rows, E)
+        panels.append((f'share of the choices, layer {layer}', dict(enumerate(shares.T))))
+    for axis, (what, curves) in zip(axes[0], panels):
+        for numbers, colour in zip(curves.values(), cycle(COLOURS)):
+            axis.plot(steps, numbers, color=colour, marker='.')
+        axis.set(xlabel='step', ylabel=what)
+        if what.startswith('share'):
+            axis.set_ylim(0)
+            axis.axhline(1 / len(curves), color='grey', lw=0.8, ls=':')         # an even share
+        if len(curves) <= len(COLOURS):
+            label_ends(axis, [(steps[-1], numbers[-1], str(name), colour)
+                              for (name, numbers), colour in zip(curves.items(), COLOURS)])
+    return figure
+
+
+def draw(cfg: Config, folder: str = '') -> None:
+    """Draws the pictures of one comparison, or that of the run in a folder."""
     if plt is None:
         die('pictures need matplotlib: pip install matplotlib, then the same command')
+    plt.rcParams.update(dict.fromkeys(GREY, 'grey'))
+    plt.rcParams.update({'savefig.transparent': True, 'font.size': 9, 'svg.hashsalt': 'always the same ids',
+                         'axes.spines.top': False, 'axes.spines.right': False})
+    if folder:
+        return save(draw_run(folder), os.path.join(folder, 'run.svg'))
     rows = read_rows(cfg.results)
     of = choose(cfg, rows)
     found, _ = results(rows, rows, of)
@@ -197,9 +232,6 @@ def draw(cfg: Config) -> None:
     if 'twin' not in found:
         die(f'pictures show arms beside their twin; python -m study.experiment --scale={cfg.scale} --arms=twin runs it')
     clocked, _ = by_clock(rows, rows, times, of, found)
-    plt.rcParams.update(dict.fromkeys(GREY, 'grey'))
-    plt.rcParams.update({'savefig.transparent': True, 'font.size': 9, 'svg.hashsalt': 'always the same ids',
-                         'axes.spines.top': False, 'axes.spines.right': False})
     figures = {'arms': draw_arms(found, cfg), 'lead': draw_lead(found, cfg),
                'clock': draw_clock(found, clocked, times, cfg), 'experts': draw_experts(found, cfg),
                'balance': draw_balance(found, cfg)}
@@ -207,14 +239,20 @@ def draw(cfg: Config) -> None:
         path = os.path.join(cfg.folder, f'{cfg.scale}_{name}.svg')
         if figure is None:
             print(f'{path} is left out: its rows are not there')
-            continue
-        try:
-            os.makedirs(cfg.folder or '.', exist_ok=True)
-            figure.savefig(path, metadata={'Date': None})
-        except OSError as error:
-            die(f'{path} cannot be written ({error}); name another --folder')
-        print(f'drew {path}')
+        else:
+            save(figure, path)
+
+
+def save(figure: 'plt.Figure', path: str) -> None:
+    """Writes a picture, the same bytes for the same rows."""
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        figure.savefig(path, metadata={'Date': None})
+    except OSError as error:
+        die(f'{path} cannot be written ({error}); name another --folder')
+    print(f'drew {path}')
 
 
 if __name__ == '__main__':
-    draw(configure(Config, sys.argv[1:])[0])
+    of_run = sys.argv[1] if len(sys.argv) == 2 and os.path.isdir(sys.argv[1]) else ''
+    draw(configure(Config, [] if of_run else sys.argv[1:])[0], of_run)

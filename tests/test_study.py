@@ -309,3 +309,12 @@ def test_pictures_are_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
     refused("holds no rows of {'scale': 'gpt2'", capsys, draw.draw, replace(cfg, scale='gpt2'))
     Path('r.json').write_text(json.dumps([*rows, rows[0] | {'data': 'e'}]))
     refused('name one with --data: d, e', capsys, draw.draw, cfg)
+
+
+def test_a_users_own_run_is_drawn_from_its_log(cfg, capsys):
+    pytest.importorskip('matplotlib')
+    train.train(cfg)
+    draw.draw(draw.Config(), cfg.out_dir)
+    picture = Path(cfg.out_dir, 'run.svg').read_text()
+    assert picture.startswith('<?xml') and picture.count('<g id="axes_') == 2      # losses, one mixture's shares
+    refused('holds no log.jsonl with an evaluation', capsys, draw.draw, draw.Config(), cfg.data_dir)
