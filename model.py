@@ -113,7 +113,7 @@ class MLP(nn.Module):
 class Routing(NamedTuple):
     """What one mixture decided for its N tokens. Every forward pass returns it, nothing stores it."""
     logits: Tensor      # (N, E) of the router, without noise
-    probs: Tensor       # (N, E) softmax of the logits that chose: noisy while training
+    probs: Tensor       # (N, E) softmax of the logits, of noisy ones in training; they choose
     weights: Tensor     # (N, k) what each chosen expert's output is multiplied by
     experts: Tensor     # (N, k) the chosen experts, best first
     counts: Tensor      # (E,) how many (token, slot) pairs each expert got; a slot is 0 to k-1
@@ -162,7 +162,8 @@ class MoE(nn.Module):
                 noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
         """x (B, T, C) -> y (B, T, C) and its Routing.
 
-        ids (B, T+2): the tokens' ids behind those of the two tokens before, -1 before the beginning.
+        ids (B, T+2): the tokens' ids, preceded by the two ids before them (-1 where there are none). Only
+        hashed routers read them.
         noise: standard deviation of what is added to the router's logits; None adds nothing.
         """
         tokens = x.flatten(0, 1)                                            # (N, C)
@@ -191,8 +192,8 @@ class MoE(nn.Module):
         """What each chosen expert's output is multiplied by (N, k)."""
         p = probs.gather(1, experts)
         if self.k == 1:
-            # divided by its sum, a single p would be the constant 1 and the LM loss could not teach
-            # the router; straight through, it is exactly 1 going forward with p's gradient going back
+            # divided by its sum, a single p would be the constant 1 and the LM loss could not teach the
+            # router. This is exactly 1 going forward and has p's gradient going back: <dL/dy, expert(x)>
             return 1 + (p - p.detach())
         return p / p.sum(dim=-1, keepdim=True)
 
@@ -274,7 +275,7 @@ class GPT(nn.Module):
     Raises ValueError for a config whose values do not fit together.
     """
 
-    recompute = False       # in the backward pass, compute a block again instead of keeping what it made
+    recompute = False       # to save memory, run each block again in the backward pass
 
     def __init__(self, config: GPTConfig, mixture: type[MoE] = MoE):
         super().__init__()
@@ -354,7 +355,7 @@ class GPT(nn.Module):
                generator: torch.Generator | None = None,
                n_ids: int | None = None) -> Iterator[tuple[Tensor, dict[int, Routing]]]:
         """Continues idx (B, T), B prompts of one length, without end. Yields the new tokens (B, 1) and
-        the {layer: Routing} of the pass that computed them: of the tokens that it read, not of these.
+        the {layer: Routing} of the pass that computed them, which is that of the tokens just read.
 
         temperature 0 takes the likeliest token; top_k samples among that many only; ids from n_ids on,
         which an encoding may lack, are never taken. Once block_size tokens are read, it begins again

@@ -2,8 +2,7 @@
 
     python train.py config/moe_gpt2.py              upcycles GPT-2 and trains it on
     python train.py config/tiny_dense.py            a byte-level GPT from scratch, tiny.py upcycles it
-    python train.py config/tiny.py --seed=1         flags and files apply left to right
-    python train.py config/tiny.py --seed=1         the same command again goes on where it stopped
+    python train.py config/tiny.py --seed=1         flags and files apply left to right; typed again it goes on
 
 Read Config, then how a batch is drawn, then `micro_batch`, `gradients` and the loop in `train`. All
 that concerns a run's folder is in runs.py.
@@ -53,12 +52,12 @@ class Config(GPTConfig):
     batch_size: int = 2                         # sequences in a micro-batch: what has to fit in memory
     grad_accum_steps: int = 4                   # micro-batches in a step
     max_steps: int = 10_000                     # optimizer steps
-    learning_rate: float = 5e-5                 # its peak
+    learning_rate: float = 5e-5                 # the peak
     warmup_fraction: float = 0.1                # share of the steps in which it rises to it; then a cosine to 0
     weight_decay: float = 0.01                  # AdamW's, on matrices and embeddings
     beta1: float = 0.9                          # AdamW's decay of the mean gradient
     beta2: float = 0.999                        # AdamW's decay of the mean squared gradient
-    grad_clip: float = 1.0                      # longest gradient
+    grad_clip: float = 1.0                      # largest norm of the gradient
     balance_coef: float = 0.01                  # weight of the balance loss, its mean over the mixtures
     z_coef: float = 0.001                       # weight of the router's z-loss, its mean over the mixtures
     router_noise: float = 0.1                   # std of the router's noise, falls to 0 over a quarter of the steps
@@ -206,11 +205,11 @@ def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, 
     (len(mine), B + 3) of each micro-batch, and the pairs per expert of all together.
     """
     stats, counts = [], []
-    # a number would be recorded, or compiled, as it is; without one, nothing is drawn
+    # a graph or compile would freeze a number, so they get a tensor. With None no noise is drawn
     noise = torch.full((), noise, device=device) if cfg.cuda_graph or cfg.compile else noise or None
     for m in mine:
-        # dropout and router noise depend on (seed, step, m) alone; of seed + step, neighbouring
-        # seeds would be near copies
+        # dropout and router noise depend on (seed, step, m) alone. (seed + step would give seed 1 at step 0
+        # what seed 0 gets at step 1)
         key = np.random.SeedSequence((cfg.seed, step, m)).generate_state(1, np.uint64)
         torch.manual_seed(int(key[0]))
         x, y = get_batch(data, cfg, step, m, device)
@@ -225,8 +224,8 @@ def gradients(model: torch.nn.Module, data: dict[str, np.ndarray], cfg: Config, 
 
 def parts_of_a_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, cfg: Config,
                     balance_loss: Callable[[Routing], Tensor]) -> tuple[Callable, ...]:
-    """micro_batch, the forward pass for evaluations, what clips the gradients and returns their norm, and
-    what moves the weights at a given rate: as they are, compiled or recorded."""
+    """(work, forward, clip, update): micro_batch, the forward pass for evaluations, what clips the gradients
+    and returns their norm, what moves the weights at a given rate. Plain, compiled, or as CUDA graphs."""
     def update(lr: float | Tensor) -> None:
         for group in optimizer.param_groups:
             group['lr'] = lr
@@ -291,7 +290,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     if main:
         folder = runs.begin_folder(cfg, config, model, sizes, device, meta, parent, at_first.get('val'), step)
     if world > 1:       # where experts are idle, parameters get no gradient in any process
-        idle = bool(cfg.moe_layers) and cfg.dispatch != 'parallel'  # there they are none of DDP's
+        idle = bool(cfg.moe_layers) and cfg.dispatch != 'parallel'  # there DDP ignores the experts
         wrapped = DistributedDataParallel(model, find_unused_parameters=idle)
     work, forward, clip, update = parts_of_a_step(wrapped, optimizer, cfg, balance_loss)
 

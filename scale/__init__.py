@@ -1,9 +1,13 @@
 """Other ways to run the same mixture, one screen each, for when the plain loop is too slow.
 
-    capacity.py     a fixed number of places for each expert: no wait, but what finds no place is dropped
     grouped.py      one product for all experts, in bf16
+    graph.py        a step as a few CUDA graphs
+    head.py         the output layer in a size that tensor cores like
+    capacity.py     a fixed number of places for each expert: no wait, but what finds no place is dropped
     kernels.py      the products as Triton kernels, in fp32, TF32 and bf16
-    graph.py        a micro-batch as a CUDA graph
+    hashed.py       no router: the tokens themselves choose their experts
+    parallel.py     experts spread over processes
+    offload.py      experts kept off the device, fetched ahead of need
 
 `python -m scale.<name>` shows one on the machine at hand. Here is what the chapters share.
 """
@@ -19,9 +23,10 @@ from torch import Tensor
 from model import MLP, GPTConfig, MoE, sorted_loop
 
 
-def stacked(experts: Iterable[MLP], name: str) -> Tensor:
-    """(E, ...) one parameter of all experts. They stay where they are, this is a copy."""
-    return torch.stack([expert.get_parameter(name) for expert in experts])
+def stacked(experts: Iterable[MLP], name: str, dtype: torch.dtype) -> Tensor:
+    """(E, ...) one parameter of all experts in that type. They stay where they are, this is a copy, as
+    autocast would make of each anyway."""
+    return torch.stack([expert.get_parameter(name).to(dtype) for expert in experts])
 
 
 def here() -> str:

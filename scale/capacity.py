@@ -44,7 +44,7 @@ def capacity(experts: nn.ModuleList, x: Tensor, routing: Routing, factor: float)
         return sorted_loop(experts, x, routing)
     (N, C), k, E = x.shape, routing.experts.shape[1], len(experts)
     P = places(N * k, E, factor)
-    w1, b1, w2, b2 = (stacked(experts, name) for name in
+    w1, b1, w2, b2 = (stacked(experts, name, x.dtype) for name in
                       ('c_fc.weight', 'c_fc.bias', 'c_proj.weight', 'c_proj.bias'))
     # pair slot * N + token: sorting keeps this order, so first choices and early tokens come first
     order = routing.experts.t().flatten().argsort(stable=True)              # (k*N,) pairs, by expert
@@ -76,9 +76,9 @@ if __name__ == '__main__':
         moe.dispatch = partial(capacity, factor=1.0)
         y, routing = moe(batch, None)
         print(f'  {name:8}{places(routing.experts.numel(), 3, 1.0)} places each  goes to',
-              *routing.experts[-6:, 0].tolist(), '  gets an answer:',
+              *routing.experts[-6:, 0].tolist(), '  output not 0:',
               *('yes' if row.any() else 'no ' for row in y[-1]), f'  dropped {overflow(routing, 1.0):.0%} of all')
     moe.eval()
-    print('\n  in evaluation', int(moe(batch, None)[0].any(dim=-1).sum()), 'of 12 get an answer\n')
+    print('\n  in evaluation', int(moe(batch, None)[0].any(dim=-1).sum()), 'of 12 outputs are not 0\n')
     beside_the_loop('capacity_factor 1.25', partial(capacity, factor=1.25))
     beside_the_loop('capacity_factor 0.9, which cannot take all', partial(capacity, factor=0.9))

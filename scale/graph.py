@@ -5,18 +5,19 @@ of them. A CUDA graph is that sequence of launches, recorded once. A replay does
 same memory, so
 
     inputs are copied to fixed places, and results are copied away before the next replay
-    gradients stay where the first micro-batch of a step writes them, an idle expert's too: it is zero
+    gradients have fixed addresses; an idle expert's is zero, not None, so Adam moves it
     the noise's size and the learning rate are tensors, since numbers would be recorded as they are
     nothing may wait for the device, as dispatch='loop' does to learn how many tokens each expert got
 
-A step is at least three graphs: its micro-batches, then clipping, then AdamW. Between the last two the
-host reads the gradient's length, so that a NaN still ends the run before it reaches the weights.
+A step is four graphs: its first micro-batch, which writes the gradients; every later one, which adds to
+them; clipping; AdamW. Before the last the host reads the gradient's length, so that a NaN still ends the
+run before it reaches the weights.
 
     python train.py config/fast_gpt2.py         sets cuda_graph=True
     python -m scale.graph                       needs an NVIDIA GPU
 
-Dropout and noise come from the seed that torch.manual_seed set before the replay. They are not the plain
-loop's, which draws no noise once its size is 0, and the learning rate is rounded to fp32.
+Dropout and noise come from the seed that torch.manual_seed set before the replay. These draws differ from
+the plain loop's once the noise's size is 0, since that then draws none. The learning rate is in fp32.
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 """
 
@@ -44,7 +45,8 @@ def record(work: Callable, model: nn.Module, clip: Callable, update: Callable) -
             pool = torch.cuda.graph_pool_handle()               # one memory for all: they run in turns
             graphs.update(split=(x.shape, parts), clip=Graph(clip, pool, rehearsals=None),
                           first=Graph(partial(work, parts=parts, first=True), pool, rehearsals=3),
-                          # it adds to the first one's gradients, so it must not be rehearsed
+                          # it adds to the first one's gradients, so it must not be rehearsed. Clipping and
+                          # AdamW (None) are called once for real before they are recorded
                           later=Graph(partial(work, parts=parts, first=False), pool, rehearsals=0),
                           update=Graph(update, pool, rehearsals=None))
         return graphs['first' if first else 'later'](x, y, noise)

@@ -27,11 +27,11 @@ def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     (N, C), k, E = x.shape, routing.experts.shape[1], len(experts)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     # this copy of all weights is what autocast would make of each of them anyway
-    w1, b1, w2, b2 = (stacked(experts, name).to(dtype) for name in
+    w1, b1, w2, b2 = (stacked(experts, name, dtype) for name in
                       ('c_fc.weight', 'c_fc.bias', 'c_proj.weight', 'c_proj.bias'))
     ends = routing.counts.cumsum(dim=0).int()                       # (E,) where each slice ends
     expert, order = routing.experts.flatten().sort(stable=True)     # (N*k,) pairs, by expert
-    # gathering a bias for each row would be added up row by row going back; this is a product both ways
+    # b1[expert] would be right too, but going back it adds gradients up row by row; this is a product both ways
     which = F.one_hot(expert, E).to(dtype)                          # (N*k, E)
     rows = x.to(dtype).index_select(0, order // k)                  # (N*k, C)
     hidden = F.grouped_mm(rows, w1.transpose(1, 2), offs=ends) + which @ b1         # (N*k, 4C)
@@ -39,12 +39,6 @@ def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     out = F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends) + which @ b2          # (N*k, C)
     y = torch.empty_like(out).index_copy(0, order, out).view(N, k, C)               # unsorted
     return (routing.weights.unsqueeze(-1) * y).sum(dim=1)
-
-
-def stacked_parameters(experts: nn.ModuleList, name: str, dtype: torch.dtype) -> Tensor:
-    """(E, ...) one parameter of all experts. They stay where they are; this copy is what autocast would
-    make of each of them anyway."""
-    return torch.stack([expert.get_parameter(name).to(dtype) for expert in experts])
 
 
 if __name__ == '__main__':

@@ -6,14 +6,15 @@ expert becomes the MLP of its own tokens. By the last two or three ids, it becom
 which tell more about the next token. With the hidden units cut into slices, each slice with a hash of its
 own, one token has both.
 
-    python train.py config/best_tiny.py         sets router='ngram'
+    python train.py config/best_tiny.py         sets router='ngram' and experts_per_token=1
     --router=hash           one expert for each id, the commonest ids spread evenly
     --router=sliced_hash    four slices, each with another such table
-    --router=ngram          four slices, by the last one, two, three and two ids
+    --router=ngram          four slices, by the last one, two, three and two ids (two twice, with other factors)
+    python -m scale.hashed                      what a short text is sent to
 
-The arithmetic is the dense model's. What a hash draws or counts is a buffer, saved with the weights. A hashed
-mixture needs no exchange of choices and can be fetched ahead of need, since its experts are known as soon as
-the token is.
+The arithmetic is the dense model's. What it costs is parameters, and time where 32 small experts take more than
+one large MLP: study/RESULTS.md. What a hash draws or counts is a buffer, saved with the weights. The experts of a
+token are known as soon as it is, so they can be fetched ahead of need (scale/offload.py, for router='hash').
 """
 
 import copy
@@ -149,3 +150,17 @@ class SlicedNGram(Sliced):
 
 
 HASHED = {'hash': BalancedHash, 'sliced_hash': SlicedBalanced4, 'ngram': SlicedNGram}       # by config.router
+
+
+if __name__ == '__main__':
+    torch.manual_seed(0)
+    text = 'to be or not to be'
+    ids = torch.tensor([[-1, -1, *text.encode()]])                          # (1, 2 + T)
+    config = GPTConfig(vocab_size=257, n_embd=32, n_experts=8)
+    print(f'{"the text":14}', *text, sep='  ')
+    for name, kind in HASHED.items():
+        moe = kind(config)
+        for i, part in enumerate(getattr(moe, 'slices', [moe])):
+            part.upcycle(MLP(config, part.experts[0].c_fc.out_features), 0.0, None)
+            experts = part.choose(torch.zeros(len(text), 8), ids)[:, 0].tolist()
+            print(f'{name if not i else "":14}', *experts, sep='  ')

@@ -23,8 +23,8 @@ to PyTorch, since the router's gradient needs the outputs before they are weight
     python train.py config/moe_gpt2.py --dispatch=triton --cuda_graph=True
     python -m scale.kernels
 
-It needs an NVIDIA GPU and the package triton, which PyTorch brings along on Linux. Without a GPU Triton's
-interpreter runs it, slowly: TRITON_INTERPRET=1. (Triton: Tillet et al. 2019; ScatterMoE, arXiv 2403.08245)
+It needs an NVIDIA GPU and the package triton, which PyTorch's CUDA builds bring along. Without a GPU
+Triton's interpreter runs it, in about a minute: TRITON_INTERPRET=1. (ScatterMoE, arXiv 2403.08245)
 
 Legend: C n_embd, H = 4C hidden, E experts, k per token, M = tokens * k pairs, P = E up to a power of 2.
         A product is (M, K) x (K, N) -> (M, N). BM, BN, BK are the tiles' sizes along M, N and K.

@@ -5,10 +5,11 @@ that a GPU can copy while it computes, or in the checkpoint on disk, mapped into
 has R places, and the expert that was used longest ago makes room for one that is needed now (LRU).
 
 What is needed now has to be waited for, so it is guessed one mixture ahead. A block adds only a little to what it
-reads, so the next mixture's router, given this one's input, mostly chooses what it will choose later (arXiv
-2312.17238, section 3.3). Its k guesses are fetched on a side stream into k places of their own, where a wrong one
-drives out nothing that is in use. Guesses hide copies behind computing, and make more of them. On a CPU nothing is
-copied on the side, so there they can only cost. A hashed router needs no guess: its experts are known with the token.
+reads (the first one adds much), so the next mixture's router, given this one's input, mostly chooses what it will
+choose later (arXiv 2312.17238, section 3.3). Its k guesses are fetched on a side stream into k places of their own,
+where a wrong one drives out nothing that is in use. A guess can hide its copy behind computing, and a wrong one is
+a copy more. On a CPU nothing is copied on the side, so there they can only cost. A hashed router (router='hash';
+slices are refused) needs no guess: its experts are known with the token.
 
     python -m scale.offload --init_from=out/tiny --resident=2
 

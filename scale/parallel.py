@@ -15,10 +15,11 @@ same order, or the others wait for ever.
     torchrun --nproc_per_node=2 train.py config/moe_gpt2.py --dispatch=parallel
     torchrun --nproc_per_node=2 -m scale.parallel [config/moe_gpt2.py]      beside one process and DDP
 
-Each process sends, where tokens are spread evenly, (W - 1) / W of: 4 N k C numbers per mixture and micro-batch
-of N tokens (there, back, both with gradients; 6 with recompute), and per step 2 P for the P parameters that DDP
-averages: 4 bytes each, in bf16's exchanges 2. Production adds exchanges in stages over hosts (DeepSpeed-MoE, arXiv
-2201.05596), exchanging while computing (Megatron-LM), and shards of what is replicated here (torchtitan, by FSDP).
+What a process sends, if tokens are spread evenly, is (W - 1) / W of
+    4 N k C numbers per mixture and micro-batch of N tokens: rows there, results back, and the gradients of both
+    2 P numbers per step, for the P parameters outside experts, which DDP averages
+A number has 4 bytes, of the rows in bf16 2. (recompute: 6 N k C.) Production adds exchanges in stages over hosts
+(DeepSpeed-MoE, arXiv 2201.05596), exchanging while computing (Megatron-LM), and sharding the rest (torchtitan).
 """
 
 from collections.abc import Iterable
@@ -147,7 +148,7 @@ if __name__ == '__main__':          # ten steps on made-up tokens, in each of th
                 stats, counts = train.gradients(wrapped, data, cfg, step, 0.0, device, mine, work)
                 norm = (clip if dispatch == 'parallel' else clip_grad_norm_)(model.parameters(), cfg.grad_clip)
                 optimizer.step()
-                loss = runs.of_all_processes(stats, counts, W)[0][:, :-2].mean()
+                loss = runs.of_all_processes(stats, counts, W)[0][:, :-3].mean()
                 said += [f'loss {loss:.6f} gradient {norm:.6f}', time.perf_counter()]           # waits for the device
             held, of_gpu = 16 * sum(map(torch.numel, model.parameters())), torch.cuda.max_memory_allocated
             print(f'{name:12}{(said[19] - said[7]) / 6e-3:9.1f} ms a step,',    # on a CPU MB without activations
