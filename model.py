@@ -302,6 +302,10 @@ class GPT(nn.Module):
         """{layer: its mixture}, {} when dense."""
         return {i: block.mlp for i, block in enumerate(self.h) if isinstance(block.mlp, MoE)}
 
+    def mixture_name(self) -> str:
+        """The class of its mixtures, by which files tell routers with equal tensors apart; '' when dense."""
+        return ', '.join({type(moe).__name__ for moe in self.mixtures().values()})
+
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 router_noise: float | Tensor | None = None, reduction: str = 'mean',
                 cache: Cache | None = None,
@@ -415,7 +419,7 @@ class GPT(nn.Module):
         """
         weights, shape = read_pretrained(name_or_path, overrides.get('n_head'))
         try:
-            theirs = {shape.pop('mixture')} if 'mixture' in shape else None     # of a mixture that we exported
+            exported, theirs = 'mixture' in shape, shape.pop('mixture', None)
             config = GPTConfig(**shape | overrides)
             if not config.moe_layers and (expert_noise or {'n_experts', 'experts_per_token'} & set(overrides)):
                 raise ValueError('without moe_layers there are no experts; name the layers to upcycle')
@@ -423,9 +427,8 @@ class GPT(nn.Module):
                 raise ValueError(f'block_size must be at most {shape["block_size"]}, '
                                  f'not {config.block_size}')
             model = cls(config, mixture)
-            ours = {type(moe).__name__ for moe in model.mixtures().values()}
-            if theirs and ours != theirs:
-                raise ValueError(f'its mixtures are {theirs.pop()}, not {", ".join(ours)}')
+            if exported and theirs != model.mixture_name():
+                raise ValueError(f'its mixtures are {theirs}, not {model.mixture_name()}')
             model.load_weights(weights, expert_noise)
         except (TypeError, ValueError, RuntimeError) as error:          # RuntimeError: no memory for it
             raise ValueError(f'{weights.path} cannot become this GPT-2: {error}') from error
@@ -434,8 +437,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str) -> None:
         """Writes model.safetensors and config.json for from_pretrained and, of a dense model, for
         Hugging Face transformers."""
-        names = {type(moe).__name__ for moe in self.mixtures().values()}
-        write_pretrained(folder, self.state_dict(), asdict(self.config), ', '.join(names))
+        write_pretrained(folder, self.state_dict(), asdict(self.config), self.mixture_name())
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor], expert_noise: float = 0.0,

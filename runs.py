@@ -132,21 +132,20 @@ def load(path: str, advice: str = 'name another file or folder') -> dict:
     return saved
 
 
+def shape_of(saved: dict) -> GPTConfig:
+    """The shape of a checkpoint's model. A key that is younger than the checkpoint has its default."""
+    return GPTConfig(**{f.name: saved['config'][f.name] for f in fields(GPTConfig) if f.name in saved['config']})
+
+
 def restore(saved: dict, path: str, build: Callable[[GPTConfig], GPT]) -> GPT:
     """The model of a checkpoint. build makes one from a config, as GPT does."""
     with reading(path):
-        shape = {f.name: saved['config'][f.name] for f in fields(GPTConfig) if f.name in saved['config']}
-        model = build(GPTConfig(**shape))
-        ours, theirs = mixture_name(model), saved.get('mixture', 'MoE')
+        model = build(shape_of(saved))
+        ours, theirs = model.mixture_name(), saved.get('mixture', 'MoE')
         if model.mixtures() and ours != theirs:
             raise ValueError(f'its mixtures are {theirs}, not {ours}')
         model.load_state_dict(saved['model'])
     return model
-
-
-def mixture_name(model: GPT) -> str:
-    """The class of its mixtures, by which a checkpoint tells routers with equal tensors apart."""
-    return ', '.join({type(moe).__name__ for moe in model.mixtures().values()})
 
 
 def read_log(folder: str) -> list[dict]:

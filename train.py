@@ -69,7 +69,7 @@ class Config(GPTConfig):
     precision: str = 'fp32'                     # of matrix products: fp32, tf32 (NVIDIA) or bf16; all else is fp32
     dispatch: str = 'loop'                      # over experts, or grouped, capacity, triton, parallel (scale/)
     capacity_factor: float = 1.25               # places per expert, relative to an even share (dispatch=capacity)
-    cuda_graph: bool = False                    # launch each micro-batch as one CUDA graph (scale/graph.py)
+    cuda_graph: bool = False                    # launch a step as a few CUDA graphs (scale/graph.py)
     compile: bool = False                       # torch.compile the model: a minute to start, then faster
     recompute: bool = False                     # save memory: compute the blocks again in the backward pass
     deterministic: bool = False                 # PyTorch's deterministic algorithms, slower
@@ -176,7 +176,8 @@ def measure(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str, s
 def micro_batch(model: torch.nn.Module, cfg: Config, balance_loss: Callable[[Routing], Tensor],
                 x: Tensor, y: Tensor, noise: float | Tensor | None, parts: int,
                 first: bool) -> tuple[Tensor, Tensor]:
-    """Adds to the gradients those of one of this process's `parts` micro-batches, x and y (B, T).
+    """Adds to the gradients those of one of this process's `parts` micro-batches, x and y (B, T). The first
+    one drops the gradients of the step before.
 
     Returns each sequence's LM loss, then balance, z and the dropped share (B + 3,), and the pairs per expert
     (layers, E).
@@ -298,7 +299,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
         """Writes a checkpoint of this step."""
         split = {'batch_size': cfg.batch_size, 'grad_accum_steps': cfg.grad_accum_steps}
         state = {'format': 1, 'step': step, 'config': config, 'split': split, 'data': meta, 'parent': parent,
-                 'mixture': runs.mixture_name(model), 'model': model.state_dict(), **more}
+                 'mixture': model.mixture_name(), 'model': model.state_dict(), **more}
         if cfg.dispatch == 'parallel':
             from scale.parallel import gather
             gather(state, model)                                    # from all processes

@@ -1,4 +1,4 @@
-"""The tokens themselves choose their experts: no router, nothing to learn, nothing to balance.
+"""The tokens themselves choose their experts: no router, so none to train and none that collapses.
 
 A learned router has to find out which tokens belong together while its experts are still equal, and in the
 runs of study/RESULTS.md it found little. A hash decides beforehand. By the id alone (arXiv 2106.04426), each

@@ -23,14 +23,13 @@ A number has 4 bytes, of the rows in bf16 2. (recompute: 6 N k C.) Production ad
 """
 
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from model import GPT, Routing, load_balance_loss
 
@@ -142,12 +141,13 @@ if __name__ == '__main__':          # ten steps on made-up tokens, in each of th
                 model = GPT(cfg)
             runs.set_up_model(model, cfg, device)
             wrapped = model if W == 1 else DistributedDataParallel(model, find_unused_parameters=dispatch == 'loop')
-            optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), cfg.learning_rate, fused=True)
-            work, said = partial(train.micro_batch, wrapped, cfg, load_balance_loss), []
+            optimizer = torch.optim.AdamW(model.parameter_groups(cfg.weight_decay), fused=True)
+            work, _, clip_all, update = train.parts_of_a_step(wrapped, optimizer, cfg, load_balance_loss)
+            said = []
             for step in range(10):
                 stats, counts = train.gradients(wrapped, data, cfg, step, 0.0, device, mine, work)
-                norm = (clip if dispatch == 'parallel' else clip_grad_norm_)(model.parameters(), cfg.grad_clip)
-                optimizer.step()
+                norm = clip_all()
+                update(cfg.learning_rate)
                 loss = runs.of_all_processes(stats, counts, W)[0][:, :-3].mean()
                 said += [f'loss {loss:.6f} gradient {norm:.6f}', time.perf_counter()]           # waits for the device
             held, of_gpu = 16 * sum(map(torch.numel, model.parameters())), torch.cuda.max_memory_allocated
@@ -155,7 +155,7 @@ if __name__ == '__main__':          # ten steps on made-up tokens, in each of th
                   f'{(of_gpu() if device == "cuda" else held) / 1e6:,.0f} MB; step 0: {said[0]}, step 9: {said[18]}')
         except torch.OutOfMemoryError as error:
             print(f'{name:12} out of memory: {error!s:.80}')
-        model = wrapped = optimizer = work = stats = None               # the next row's peak is its own
+        model = wrapped = optimizer = work = update = stats = None               # the next row's peak is its own
         gc.collect()
         torch.cuda.reset_peak_memory_stats() if device == 'cuda' else None
     dist.destroy_process_group()

@@ -61,7 +61,7 @@ DATA = {'random': TEXT}
 @dataclass(frozen=True)
 class Config:
     quick: bool = False         # smaller tables
-    only: str = ''              # some of step,fast,launches,layer,triton,rates,memory,generate; '' is all
+    only: str = ''              # some of step,launches,layer,triton,rates,memory,generate; '' is all
     repeats: int = 0            # repetitions of each timing; 0 is 3 on a CPU and 20 elsewhere
     json: str = ''              # a file for all rows
     device: str = ''            # cuda, mps, cpu ...; '' is the first of these that is there
@@ -157,23 +157,19 @@ def make(device: str, **overrides) -> tuple[GPT, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def set_up(models: dict, name: str, precision: str, device: str) -> tuple[GPT, torch.optim.Optimizer, Callable]:
-    """The model behind a name, its optimizer, and its forward pass in that precision and dispatch: several
-    names share the mixture."""
+def set_up(models: dict, name: str, precision: str, device: str) -> tuple[GPT, torch.optim.Optimizer]:
+    """The model behind a name, with precision and dispatch set, and its optimizer: several names share the
+    mixture."""
     model, optimizer = models['dense' if name == 'dense' else 'mixture']
+    model.forward = autocast(precision, device)(partial(GPT.forward, model))
     for moe in model.mixtures().values():
         moe.dispatch = dispatches(device)[name][1]
-    return model, optimizer, autocast(precision, device)(model.__call__)
+    return model, optimizer
 
 
 def one_step(models: dict, name: str, precision: str, c: train.Config, device: str) -> None:
-    """An optimizer step of train.py."""
-    model, optimizer, forward = set_up(models, name, precision, device)
-    take_step(model, optimizer, c, device)
-
-
-def take_step(model: GPT, optimizer: torch.optim.Optimizer, c: train.Config, device: str) -> None:
-    """A step of train.py at a rate of 0."""
+    """An optimizer step of train.py, at a rate of 0."""
+    model, optimizer = set_up(models, name, precision, device)
     work, _, clip, update = train.parts_of_a_step(model, optimizer, c, load_balance_loss)
     train.gradients(model, DATA, c, 0, 0.0, device, range(c.grad_accum_steps), work)
     float(clip())
@@ -219,8 +215,8 @@ def launches_part(cfg: Config, device: str) -> dict:
     c = replace(FLAGSHIP, batch_size=SPLITS[0][0], grad_accum_steps=SPLITS[0][1])
     x, y = train.get_batch(DATA, c, 0, 0, device)
     for name, (precision, _) in ({'dense': ('fp32', None)} | dispatches(device)).items():
-        model, _, forward = set_up(models, name, precision, device)
-        calls = {'forward': lambda: loss.append(forward(x, y)[1]),
+        model, _ = set_up(models, name, precision, device)
+        calls = {'forward': lambda: loss.append(model(x, y)[1]),
                  'backward': lambda: loss.pop().backward(),
                  'step': partial(one_step, models, name, precision, c, device)}
         for call in calls.values():                                 # kernels are compiled, addresses copied
@@ -260,7 +256,7 @@ def tf32_choices(models: dict, c: train.Config, device: str) -> list[dict]:
     """How many routing choices are others in TF32. Leaves fp32 for the parts that follow."""
     (x, _), chosen = train.get_batch(DATA, c, 0, 0, device), []
     for precision in ('tf32', 'fp32'):
-        model, _, _ = set_up(models, 'sorted_loop', precision, device)
+        model, _ = set_up(models, 'sorted_loop', precision, device)
         routing = model.eval()(x)[2].values()
         chosen.append(torch.stack([r.logits.argmax(dim=1) for r in routing]))
     changed = 100 * (chosen[0] != chosen[1]).float().mean().item()

@@ -14,7 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, median
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor
 import runs
 import train
 from config import die
-from model import GPT, GPTConfig, sorted_loop
+from model import GPT, sorted_loop
 from scale.offload import Cache, offload
 from study import routers
 
@@ -48,9 +48,8 @@ def load_mapped(path: str) -> tuple[GPT, dict]:
     saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     if not saved['config']['moe_layers']:
         die(f'{path} has no mixtures; name the run of one with --init_from')
-    shape = GPTConfig(**{f.name: saved['config'][f.name] for f in fields(GPTConfig)})
     with torch.device('meta'):
-        model = routers.build(shape, getattr(routers, saved['mixture']))
+        model = routers.build(runs.shape_of(saved), getattr(routers, saved.get('mixture', 'MoE')))
     model.load_state_dict(saved['model'], assign=True)
     return model.eval(), saved
 

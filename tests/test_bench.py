@@ -50,6 +50,16 @@ def test_every_part_gives_finite_positive_numbers(quick, monkeypatch, tmp_path):
             assert type(n) not in (int, float) or math.isfinite(n) and (n > 0 or key == 'dropped %')
 
 
+@pytest.mark.parametrize('precision, dtype', [('bf16', torch.bfloat16), ('fp32', torch.float32)])
+def test_a_step_is_timed_and_counted_in_the_precision_of_its_row(precision, dtype, monkeypatch):
+    monkeypatch.setattr(bench, 'FLAGSHIP', TINY)
+    monkeypatch.setattr(bench, 'DATA', {'random': np.arange(1000, dtype=np.uint16) % 64})
+    models, seen = {'mixture': bench.make('cpu')}, set()
+    models['mixture'][0].h[0].mlp.c_fc.register_forward_hook(lambda module, x, y: seen.add(y.dtype))
+    bench.one_step(models, 'sorted_loop', precision, replace(TINY, batch_size=2, grad_accum_steps=2), 'cpu')
+    assert seen == {dtype}
+
+
 def test_the_bench_of_the_keys_says_in_one_line_what_it_needs_and_which_rows_there_are(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     refused('study.fast measures an NVIDIA GPU and there is none', capsys, fast.main, fast.Config())

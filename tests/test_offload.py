@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import train
-from conftest import refused
+from conftest import ROOT, refused
 from model import GPT, GPTConfig, MoE
 from scale.offload import offload
 from study import routers
-from study.offload import Config, report
+from study.offload import Config, load_mapped, report
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=4, n_head=2, n_embd=16, moe_layers=(0, 1, 3), n_experts=6,
                    experts_per_token=2)
@@ -124,3 +124,8 @@ def test_the_report_of_a_trained_run_has_every_way_with_the_same_tokens(cfg, cap
     assert 'layer 1: guessed' in lines[-1]
     train.train(replace(cfg, moe_layers=(), max_steps=1, out_dir=cfg.out_dir + '2'))
     refused('has no mixtures', capsys, report, Config(init_from=cfg.out_dir + '2', device='cpu'))
+
+
+def test_a_checkpoint_that_is_older_than_a_key_of_the_config_is_mapped_too():
+    model, saved = load_mapped(str(ROOT / 'tests/fixtures/format_1/run/best.pt'))
+    assert 'router' not in saved['config'] and model.config.router == 'learned' and model.mixtures()

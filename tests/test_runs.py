@@ -1,5 +1,6 @@
 """A run's folder: going on where it stopped, parents, what is printed, and what is refused."""
 
+import copy
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from urllib.error import HTTPError, URLError
@@ -350,27 +352,36 @@ def test_a_disk_that_is_or_becomes_full_costs_no_checkpoint(cfg, capsys, monkeyp
 
 def test_checkpoints_written_beside_the_training_are_the_same_and_a_full_disk_still_ends_the_run(
         cfg, capsys, monkeypatch):
-    train.train(cfg)
-    whole, save, slowly = everything(cfg), runs.save, []
+    save, written = runs.save, {'now': {}, 'beside': {}}
+
+    def kept(when, path, state):                # as it is when it is written
+        written[when][os.path.basename(path), state['step']] = copy.deepcopy(state['model'])
+        save(path, state)
 
     def late(path, state):                      # once a later step has changed the weights
         assert threading.current_thread() is not threading.main_thread()
         time.sleep(0.1)
-        slowly.append(state['step'])
-        save(path, state)
+        kept('beside', path, state)
 
     def full(path, state):
         if state['step'] == 4:
             runs.die('no room')
         save(path, state)
 
+    monkeypatch.setattr(runs, 'save', partial(kept, 'now'))
+    train.train(cfg)
+    whole = everything(cfg)
+
     monkeypatch.setattr(runs, 'BESIDE', ('cpu',))
     monkeypatch.setattr(runs, 'save', late)
     for stop in (Logged(beside := replace(cfg, out_dir=cfg.out_dir + '2'), 5), ()):
         with nullcontext() if stop == () else pytest.raises(runs.Stopped):
             train.train(beside, stop=stop)
-        assert load(beside)['step'] == slowly[-1] == (8 if stop == () else 6)
+        assert load(beside)['step'] == (8 if stop == () else 6)
     assert_same(whole, everything(beside))
+    del written['beside']['ckpt.pt', 6]         # of the signal
+    assert ('ckpt.pt', 4) in written['now']
+    assert_same(written['now'], written['beside'])
     monkeypatch.setattr(runs, 'save', full)
     capsys.readouterr()
     refused('no room', capsys, train.train, replace(cfg, out_dir=cfg.out_dir + '3'))
