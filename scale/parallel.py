@@ -155,7 +155,7 @@ if __name__ == '__main__':          # ten steps on made-up tokens, in each of th
                   f'{(of_gpu() if device == "cuda" else held) / 1e6:,.0f} MB; step 0: {said[0]}, step 9: {said[18]}')
         except torch.OutOfMemoryError as error:
             print(f'{name:12} out of memory: {error!s:.80}')
-        model = wrapped = optimizer = work = update = stats = None               # the next row's peak is its own
+        model = wrapped = optimizer = work = clip_all = update = stats = None    # the next row's peak is its own
         gc.collect()
         torch.cuda.reset_peak_memory_stats() if device == 'cuda' else None
     dist.destroy_process_group()
