@@ -46,7 +46,7 @@ try:
 except ImportError:
     sys.exit('Triton is not here (it is for Linux): pip install triton')
 
-FP32 = 'tf32x3'     # how fp32 is multiplied: ieee, or on tensor cores in three TF32 products, tf32x3
+FP32 = 'tf32x3'     # or ieee. Three TF32 products on tensor cores: as fast, and more exact (study/RESULTS.md)
 
 
 @triton.jit
