@@ -34,6 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import configure, die
 from model import GPT, MoE, Routing, load_balance_loss, sorted_loop
@@ -233,7 +234,8 @@ def launches_part(cfg: Config, device: str) -> dict:
         for name, call in layer_calls(1024, E, 1, device)[0].items():
             call()
             launched, waits = counted(call)
-            rows.append({'experts': E, 'dispatch': name, 'launches': launched, 'waits': waits})
+            rows.append({'experts': E, 'dispatch': name, 'launches': launched, 'waits': waits,
+                         'calls': operations(call)})
     tables['layer_launches'] = show('one layer, top-1, forward and backward: any number of tokens', rows)
     return tables
 
@@ -249,6 +251,22 @@ def counted(call: Callable) -> tuple[int, int]:
     launched = [event.count for event in profile.key_averages()
                 if event.key.startswith(('cudaLaunchKernel', 'cuLaunchKernel'))]
     return sum(launched), sum('called a synchronizing' in str(w.message) for w in caught)
+
+
+class Calls(TorchDispatchMode):
+    """Counts PyTorch's calls while it is entered, the backward pass's among them."""
+    n = 0
+
+    def __torch_dispatch__(self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None):
+        self.n += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operations(call: Callable) -> int:
+    """PyTorch's operations that call runs, views too: what the host has to do."""
+    with Calls() as calls:
+        call()
+    return calls.n
 
 
 @torch.no_grad()

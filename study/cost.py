@@ -3,12 +3,15 @@
     python -m study.bench --only=launches,rates,layer --json=bench.json     on a GPU
     python -m study.cost --json=bench.json
 
-The host launches kernels while the device works on earlier ones, so a pass takes the longer of two times:
+A pass through one layer that is measured alone takes the sum of two times, which hardly overlap:
 
-    host        launches, as counted, times the host's time for one, the only number that is fitted here
+    host        PyTorch's calls, as counted, and one for each parameter, of which autograd keeps track, times the
+                host's time for one: the only number that is fitted here
     device      operations over the measured rate of a product of as many rows, or the time to move the
                 weights if that is longer, and all other bytes over the measured rate of a copy
 
+Launches alone do not tell the host's time: with 128 experts Triton's kernels are 37 launches and 9 ms. The products
+of Triton's kernels are slower than cuBLAS's, whose rates are measured: how much, the largest layer tells.
 Experts spread over several devices add the bytes that cross between them, over the rate of the link.
 """
 
@@ -38,7 +41,7 @@ class Config:
 class Way(NamedTuple):
     """What a dispatch multiplies and moves."""
     rate: str               # which of the measured rates its products have
-    share: float            # of that rate: tf32x3 takes three TF32 products for one
+    own: bool               # whether its kernels are not cuBLAS's: what the largest layer tells is their rate
     together: bool          # whether all experts' rows are one product
     weight_bytes: int       # moved for each parameter of each expert
     elements: int           # moved for each pair and channel besides the products
@@ -50,11 +53,12 @@ class Way(NamedTuple):
 # bf16 the cast weights and gradients. Elements: GELU 8 forward and 12 backward, the biases' gradients 5,
 # gathering and scattering 4 and 5, the weighted sum 6. Triton's kernels move but the last three's half
 WAYS = {
-    'dense': Way('fp32', 1, True, 12, 25), 'bf16': Way('bf16', 1, True, 18, 25, 2),
-    'mistral_loop': Way('fp32', 1, False, 12, 40), 'sorted_loop': Way('fp32', 1, False, 12, 40),
-    'capacity': Way('fp32', 1, True, 20, 40, padded=1.25), 'grouped': Way('bf16', 1, True, 26, 40, 2),
-    'ieee': Way('fp32', 1, True, 12, 18), 'tf32x3': Way('tf32', 1 / 3, True, 12, 18),
-    'triton bf16': Way('bf16', 1, True, 12, 18, 2)}
+    'dense': Way('fp32', False, True, 12, 25), 'bf16': Way('bf16', False, True, 18, 25, 2),
+    'mistral_loop': Way('fp32', False, False, 12, 40), 'sorted_loop': Way('fp32', False, False, 12, 40),
+    'capacity': Way('fp32', False, True, 20, 40, padded=1.25), 'grouped': Way('bf16', False, True, 26, 40, 2),
+    'ieee': Way('fp32', True, True, 12, 18), 'tf32x3': Way('tf32', True, True, 12, 18),
+    'triton bf16': Way('bf16', True, True, 12, 18, 2)}
+DENSE = 'dense', 'bf16'         # one MLP for all tokens
 
 
 class Cost:
@@ -64,33 +68,51 @@ class Cost:
         self.rates, self.copy = tables['rates'], tables['facts'][0]['copy TB/s'] * 1e9      # bytes in a ms
         counted = {}
         for row in tables['layer_launches']:
-            counted.setdefault(row['dispatch'], []).append((row['experts'], row['launches']))
+            counted.setdefault(row['dispatch'], []).append((row['experts'], row['calls']))
         self.lines = {name: np.polyfit(*zip(*points), 1) for name, points in counted.items()}
         self.measured = [(row['tokens'], row['experts'], row['k'], name, row[f'{name} ms'])
                          for row in tables['layer'] for name in self.lines if row.get(f'{name} ms')]
+        known = [row for row in self.measured if not WAYS[row[3]].own]
 
-        def off(launch: float) -> float:
-            return sum(abs(math.log(self.layer(*size, launch) / ms)) for *size, ms in self.measured)
-        self.launch = min((ms / self.launches(name, E) for _, E, _, name, ms in self.measured), key=off)
+        def off(call: float) -> float:
+            return sum(abs(math.log(self.layer(*size, call) / ms)) for *size, ms in known)
+        self.behind = {}                # how many times as long as cuBLAS's their own products take
+        self.call = min((i / 2000 for i in range(1, 100)), key=off)     # 0.5 us to 50
+        for *size, name, ms in sorted(self.measured):                   # the largest layer's stays
+            if WAYS[name].own:
+                rest = self.calls(name, size[1]) * self.call + self.others(*size, name)
+                self.behind[name] = (ms - rest) / self.products(*size, name)
 
-    def launches(self, name: str, E: int) -> float:
-        """Of a pass through one layer. A loop's grow with E, the others' hardly do."""
-        return float(np.polyval(self.lines[name], E))
+    def calls(self, name: str, E: int) -> float:
+        """Of a pass through one layer, a router's and four parameters for each expert among them."""
+        return float(np.polyval(self.lines[name], E)) + (4 if name in DENSE else 4 * E + 1)
 
-    def device(self, tokens: int, E: int, k: int, name: str) -> float:
-        """The device's work for a pass through one layer."""
-        way, pairs, experts = WAYS[name], tokens * k, 1 if name in ('dense', 'bf16') else E
+    def pairs(self, tokens: int, k: int, name: str) -> int:
+        """Rows that are multiplied: dense, each token is one whatever k is."""
+        return tokens if name in DENSE else tokens * k
+
+    def products(self, tokens: int, E: int, k: int, name: str) -> float:
+        """The time of a pass's products at cuBLAS's rate."""
+        way, pairs = WAYS[name], self.pairs(tokens, k, name)
         rows = math.log(pairs if way.together else pairs / E)
         rate = np.interp(rows, [math.log(row['rows']) for row in self.rates],
                          [row[f'{way.rate} TFLOP/s'] * 1e9 for row in self.rates])          # operations in a ms
-        products = 6 * EXPERT * pairs * way.padded / (way.share * float(rate))
-        weights = way.weight_bytes * EXPERT * experts / self.copy
-        return max(products, weights) + way.elements * C * pairs * way.size / self.copy
+        return 6 * EXPERT * pairs * way.padded / float(rate)
 
-    def layer(self, tokens: int, E: int, k: int, name: str, launch: float | None = None) -> float:
-        """A pass through one layer: the longer of the host's and the device's time."""
-        host = self.launches(name, E) * (self.launch if launch is None else launch)
-        return max(host, self.device(tokens, E, k, name))
+    def others(self, tokens: int, E: int, k: int, name: str) -> float:
+        """The time of all that only moves bytes, but for the weights."""
+        way = WAYS[name]
+        return way.elements * C * self.pairs(tokens, k, name) * way.size / self.copy
+
+    def device(self, tokens: int, E: int, k: int, name: str) -> float:
+        """The device's work for a pass through one layer."""
+        weights = WAYS[name].weight_bytes * EXPERT * (1 if name in DENSE else E) / self.copy
+        products = self.products(tokens, E, k, name) * self.behind.get(name, 1)
+        return max(products, weights) + self.others(tokens, E, k, name)
+
+    def layer(self, tokens: int, E: int, k: int, name: str, call: float | None = None) -> float:
+        """A pass through one layer: the host's and the device's time."""
+        return self.calls(name, E) * (self.call if call is None else call) + self.device(tokens, E, k, name)
 
     def seed_row(self, tokens: int, E: int, name: str, link: float) -> dict:
         """A step of the original's table: GPT-2 small with four mixtures, top-1, all tokens at once on as many
@@ -119,11 +141,12 @@ def main(cfg: Config) -> tuple[list[dict], list[dict]]:
     for *size, ms in cost.measured:
         predicted, device = cost.layer(*size), cost.device(*size)
         rows.append(dict(zip(('tokens', 'experts', 'k', 'dispatch'), size)) | {
-            'measured ms': ms, 'predicted ms': predicted, 'bound by': 'device' if predicted == device else 'host',
+            'measured ms': ms, 'predicted ms': predicted, 'of it the host': predicted - device,
             'off %': 100 * (predicted / ms - 1)})
     near = sum(abs(row['off %']) <= 25 for row in rows)
     show(f'one layer, forward and backward, on {report["device"]}', rows,
-         f'{near} of {len(rows)} are within 25%. Fitted: {1000 * cost.launch:.1f} us for a launch.')
+         f'{near} of {len(rows)} are within 25%. Fitted: {1000 * cost.call:.1f} us for a call.',
+         'Products take ' + ', '.join(f'{x:.1f} ({name})' for name, x in cost.behind.items()) + " of cuBLAS's time.")
     table = [cost.seed_row(*size, name, cfg.link) for size in SEED for name in cost.lines
              if name not in ('dense', 'bf16')]
     show("a step at the original's four scales: every number is predicted", table,
