@@ -15,11 +15,10 @@ same order, or the others wait for ever.
     torchrun --nproc_per_node=2 train.py config/moe_gpt2.py --dispatch=parallel
     torchrun --nproc_per_node=2 -m scale.parallel [config/moe_gpt2.py]      beside one process and DDP
 
-What a process sends, if tokens are spread evenly, is (W - 1) / W of
-    4 N k C numbers per mixture and micro-batch of N tokens: rows there, results back, and the gradients of both
-    2 P numbers per step, for the P parameters outside experts, which DDP averages
-A number has 4 bytes, of the rows in bf16 2. (recompute: 6 N k C.) Production adds exchanges in stages over hosts
-(DeepSpeed-MoE, arXiv 2201.05596), exchanging while computing (Megatron-LM), and sharding the rest (torchtitan).
+What a process sends, if tokens are spread evenly: (W - 1) / W of 4 N k C numbers per mixture and micro-batch of N
+tokens (rows there, results back, the gradients of both; recompute: 6), and of 2 P numbers per step for the P
+parameters outside experts. A number has 4 bytes, of the rows in bf16 2. Production adds exchanges in stages over
+hosts (DeepSpeed-MoE, arXiv 2201.05596), exchanging while computing (Megatron-LM), sharding the rest (torchtitan).
 """
 
 from collections.abc import Iterable
@@ -157,5 +156,6 @@ if __name__ == '__main__':          # ten steps on made-up tokens, in each of th
             print(f'{name:12} out of memory: {error!s:.80}')
         model = wrapped = optimizer = work = clip_all = update = stats = None    # the next row's peak is its own
         gc.collect()
+        torch.cuda.empty_cache()                        # what PyTorch keeps for later, NCCL cannot have
         torch.cuda.reset_peak_memory_stats() if device == 'cuda' else None
     dist.destroy_process_group()
