@@ -670,7 +670,7 @@ def print_step(row: dict, losses: list[float], domains: list[str], cfg: GPTConfi
     for name in sorted(set(domains)):
         mean = fmean(loss for loss, domain in zip(losses, domains) if domain == name)
         parts.append(f'{name} {mean:.3f}')
-    if cfg.moe_layers:
+    if cfg.moe_layers and cfg.router == 'learned':      # of the others both are constants
         parts.append(f' balance {row["balance"]:.3f}  z {row["z"]:.3f}')
     if 'dropped' in row:
         parts.append(f' dropped {row["dropped"]:.1%}')

@@ -19,19 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 
-# before torch is imported: a thread that waits for another one spins only briefly, then sleeps. On a
-# busy machine it would spin on the very core that the other one needs
-os.environ.setdefault('GOMP_SPINCOUNT', '100')
 if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from config import configure        # before torch: it says how threads wait for one another
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import runs
-from config import configure
 from model import GPT, GPTConfig, Routing, load_balance_loss, stacked, z_loss
 from prepare import load_data
 
@@ -275,7 +272,8 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     if start.parent_model:
         runs.set_up_model(start.parent_model, cfg, device)
         one = replace(cfg, batch_size=1)                            # which fits if anything does
-        at_first = measure(start.parent_model, data['val'], one, device, polled, 'the parent')
+        label = cfg.init_from if cfg.eval_only else 'the parent'
+        at_first = measure(start.parent_model, data['val'], one, device, polled, label)
     if cfg.eval_only:
         return at_first
     sizes = model.count_parameters()                                # of all processes together
