@@ -521,7 +521,8 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def smaller_batch(cfg: GPTConfig, error: RuntimeError, step: int) -> GPTConfig:
-    """cfg with micro-batches half as large (1 of an odd number), and more of them: the same batch.
+    """cfg with micro-batches half as large (1 of an odd number), and more of them: the same
+    sequences. Balance loss, dropout and noise are of each micro-batch, so they become others.
 
     Raises an error that is another than running out of memory. Dies if a batch cannot be halved.
     """

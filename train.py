@@ -107,7 +107,8 @@ def get_batch(data: dict[str, np.ndarray], cfg: Config, step: int, m: int,
     """Micro-batch m of a step: inputs and targets, (B, T) each.
 
     Sequence j of a step depends on (seed, step, j) alone: a step takes the same sequences however it
-    is split, interrupted or spread over processes.
+    is split, interrupted or spread over processes. They start anywhere and are drawn with
+    replacement. Attention crosses the end-of-text between documents: there is no mask for it.
     """
     domains, places = domains_of(step, cfg, list(data)), []
     for j in range(m * cfg.batch_size, (m + 1) * cfg.batch_size):
@@ -314,7 +315,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
 
             # evaluate, and keep what is needed to go on from here
             due = step % cfg.eval_interval == 0 or last
-            if due and 'val' not in row:            # it is there if memory ran out in this very step
+            if due and 'val' not in row:            # out of memory repeats a step: evaluate it once
                 try:
                     row |= measure(model, data['val'], cfg, device, polled, f'step {step}', step > 0, forward)
                 except RuntimeError as error:
