@@ -386,5 +386,6 @@ def load_data(folder: str, block_size: int) -> tuple[dict, dict]:
 
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C: just leave; the old files are whole
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # prepare.py | head as well
     sys.stdout.reconfigure(errors='backslashreplace')
     prepare(configure(Config, sys.argv[1:])[0])

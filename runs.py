@@ -521,7 +521,8 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def smaller_batch(cfg: GPTConfig, error: RuntimeError, step: int) -> GPTConfig:
-    """cfg with micro-batches half as large (1 of an odd number), and more of them: the same batch.
+    """cfg with micro-batches half as large (1 of an odd number), and more of them: the same
+    sequences. Balance loss, dropout and noise are of each micro-batch, so they become others.
 
     Raises an error that is another than running out of memory. Dies if a batch cannot be halved.
     """
@@ -670,7 +671,7 @@ def print_step(row: dict, losses: list[float], domains: list[str], cfg: GPTConfi
     for name in sorted(set(domains)):
         mean = fmean(loss for loss, domain in zip(losses, domains) if domain == name)
         parts.append(f'{name} {mean:.3f}')
-    if cfg.moe_layers:
+    if cfg.moe_layers and cfg.router == 'learned':      # of the others both are constants
         parts.append(f' balance {row["balance"]:.3f}  z {row["z"]:.3f}')
     if 'dropped' in row:
         parts.append(f' dropped {row["dropped"]:.1%}')

@@ -16,17 +16,17 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
-os.environ.setdefault('GOMP_SPINCOUNT', '100')      # as in train.py: waiting threads sleep
 if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from config import configure, die           # before torch: it says how threads wait for one another
 import torch
 from tiktoken import Encoding
 from torch import Tensor
 
-from config import configure, die
 from model import GPT, GPTConfig
 from prepare import get_encoding
 from runs import load_model, pick_device
@@ -119,10 +119,14 @@ def paint(text: str, expert: int) -> str:
     return '\n'.join(start + line + end if line else '' for line in text.split('\n'))
 
 
-def print_legend(layer: int, experts: list[int], n_experts: int) -> None:
-    """Each expert's colour and share of the tokens, eight on a line."""
-    counts = Counter(experts)
-    cells = [paint(f' {i} {counts[i] / len(experts):4.0%} ', i) for i in range(n_experts)]
+def print_legend(layer: int, experts: list[list[int]], n_experts: int) -> None:
+    """Each expert's share of the tokens, eight on a line. experts are those of each token; the first gives it its
+    colour, so an expert that is nobody's first has none."""
+    counts, firsts, k = Counter(chain(*experts)), {first for first, *_ in experts}, len(experts[0])
+    cells = [f' {i} {counts[i] / len(experts):4.0%} ' for i in range(n_experts)]
+    cells = [paint(cell, i) if i in firsts else cell for i, cell in enumerate(cells)]
+    if k > 1:
+        print(f'share of the tokens; each goes to {k} experts and has the colour of the first')
     for i in range(0, n_experts, 8):
         print(f'layer {layer:<2}' + ''.join(cells[i:i + 8]))
 
@@ -177,8 +181,8 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
         print('-' * 80, ''.join(map(shown, row)), sep='\n')
     if coloured:
         print('-' * 80)
-        routes = [token.routes[layer] for row in samples for token in row]
-        print_legend(layer, [experts[0] for experts, _ in routes], n_experts=len(routes[0][1]))
+        experts, probs = zip(*(token.routes[layer] for row in samples for token in row))
+        print_legend(layer, experts, n_experts=len(probs[0]))
     if page:
         with page:
             page.write(make_page(samples, layer, COLOURS))

@@ -19,19 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 
-# before torch is imported: a thread that waits for another one spins only briefly, then sleeps. On a
-# busy machine it would spin on the very core that the other one needs
-os.environ.setdefault('GOMP_SPINCOUNT', '100')
 if __name__ == '__main__':      # Ctrl-C while torch is imported: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from config import configure        # before torch: it says how threads wait for one another
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import runs
-from config import configure
 from model import GPT, GPTConfig, Routing, load_balance_loss, stacked, z_loss
 from prepare import load_data
 
@@ -110,7 +107,8 @@ def get_batch(data: dict[str, np.ndarray], cfg: Config, step: int, m: int,
     """Micro-batch m of a step: inputs and targets, (B, T) each.
 
     Sequence j of a step depends on (seed, step, j) alone: a step takes the same sequences however it
-    is split, interrupted or spread over processes.
+    is split, interrupted or spread over processes. They start anywhere and are drawn with
+    replacement. Attention crosses the end-of-text between documents: there is no mask for it.
     """
     domains, places = domains_of(step, cfg, list(data)), []
     for j in range(m * cfg.batch_size, (m + 1) * cfg.batch_size):
@@ -275,7 +273,8 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
     if start.parent_model:
         runs.set_up_model(start.parent_model, cfg, device)
         one = replace(cfg, batch_size=1)                            # which fits if anything does
-        at_first = measure(start.parent_model, data['val'], one, device, polled, 'the parent')
+        label = cfg.init_from if cfg.eval_only else 'the parent'
+        at_first = measure(start.parent_model, data['val'], one, device, polled, label)
     if cfg.eval_only:
         return at_first
     sizes = model.count_parameters()                                # of all processes together
@@ -316,7 +315,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
 
             # evaluate, and keep what is needed to go on from here
             due = step % cfg.eval_interval == 0 or last
-            if due and 'val' not in row:            # it is there if memory ran out in this very step
+            if due and 'val' not in row:            # out of memory repeats a step: evaluate it once
                 try:
                     row |= measure(model, data['val'], cfg, device, polled, f'step {step}', step > 0, forward)
                 except RuntimeError as error:

@@ -1,10 +1,11 @@
 """Settings: a dataclass's defaults, then config files and --key=value flags as they stand on the
-command line, the later one winning. Knows nothing of torch."""
+command line, the later one winning. Knows nothing of torch, and is imported before it."""
 
 import difflib
 import inspect
 import os
 import re
+import signal
 import sys
 from dataclasses import fields, replace
 from typing import Any, NoReturn
@@ -21,6 +22,9 @@ KNOWN_AS = {                # what other programs call a key
     'bs': 'batch_size', 'wd': 'weight_decay', 'experts': 'n_experts', 'context': 'block_size',
     'output': 'out_dir', 'dataset': 'data_dir', 'model': 'init_from', 'checkpoint': 'init_from'}
 
+# A thread that waits for another one spins only briefly, then sleeps. On a busy machine it would spin on the very
+# core that the other one needs. OpenMP reads this when torch is imported, so each program imports config first
+os.environ.setdefault('GOMP_SPINCOUNT', '100')
 if not sys.stdout:                                          # closed, as by >&-
     sys.stdout = open(os.devnull, 'w')
 
@@ -50,6 +54,7 @@ def configure(Config: type, argv: list[str]) -> tuple[Any, set[str]]:
     kinds = {field.name: type(getattr(config, field.name)) for field in fields(Config)}
     for arg in argv:
         if arg in ('-h', '--help'):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # --help | head just ends
             print(usage(Config))
             sys.exit(0)
         where, settings, is_text = arg, [], False

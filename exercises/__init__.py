@@ -12,9 +12,9 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import train        # before torch: it says how threads wait for one another
 import torch
 
-import train
 from prepare import Config, prepare
 
 NAMES = ['balance', 'detach', 'zeros', 'two_of_two', 'stable_sort', 'host_waits', 'dispatch', 'resume',

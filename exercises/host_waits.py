@@ -6,9 +6,9 @@ at `.cpu()`, and at `torch.where(condition)` or `nonzero()`, whose result has a 
 
 Count the waits of a mixture of the flagship's shape: 4 layers with mixtures of 8 experts, top-1, a step of
 4 micro-batches. All experts get tokens. Read `sorted_loop` and its docstring in model.py, and one step of the
-loop in train.py, in a step that neither logs nor evaluates.
+loop in train.py, which clips the gradients, in a step that neither logs nor evaluates.
 
-    python -m exercises 6           takes a second or two
+    python -m exercises 6           takes some seconds
 """
 
 import tempfile

@@ -1,6 +1,7 @@
 """Exercise 8: resume a run with another split. 10 minutes.
 
-A run of 8 steps was stopped after step 3. Its config file says, among other things,
+A run of 8 steps was stopped: steps 0 to 3 are done, step 4 is the first after the checkpoint. Its config file
+says, among other things,
 
     batch_size = 4              # sequences in a micro-batch
     grad_accum_steps = 1        # micro-batches in a step
@@ -14,7 +15,7 @@ it would have read. Which flags do you put behind the config file?
 The check runs all of this in a temporary folder: the run that stopped and goes on, and the same run
 never stopped. README.md tells what may change; so does `python train.py --help`.
 
-    python -m exercises 8           takes a second or two
+    python -m exercises 8           takes some seconds
 """
 
 import contextlib

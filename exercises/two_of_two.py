@@ -1,9 +1,9 @@
 """Exercise 4: predict top-2 of 2. 5 minutes.
 
-Two experts, two experts per token. The check trains a model of four blocks, the second a mixture, for 30
-steps, with neither balance loss nor z-loss, and measures it. What will it find?
+Two experts, two experts per token. The check trains a model of four blocks, the second a mixture, from
+scratch for 30 steps, with neither balance loss nor z-loss, and measures it. What will it find?
 
-    python -m exercises 4           takes a second or two
+    python -m exercises 4           takes some seconds
 """
 
 import tempfile

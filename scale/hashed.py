@@ -7,10 +7,12 @@ which tell more about the next token. With the hidden units cut into slices, eac
 own, one token has both.
 
     python train.py config/best_tiny.py         sets router='ngram' and experts_per_token=1
-    --router=hash           one expert for each id, the commonest ids spread evenly
-    --router=sliced_hash    four slices, each with another such table
-    --router=ngram          four slices, by the last one, two, three and two ids (two twice, with other factors)
+    --experts_per_token=1 --router=hash         one expert for each id, the commonest ids spread evenly
+    --experts_per_token=1 --router=sliced_hash  four slices, each with another such table
+    --experts_per_token=1 --router=ngram        four slices, by the last one, two, three and two ids
     python -m scale.hashed                      what a short text is sent to
+
+The two slices by two ids have other factors. Where a sequence begins, -1 stands for the ids before it.
 
 The arithmetic is the dense model's. What it costs is parameters, and time where 32 small experts take more than
 one large MLP: study/RESULTS.md. What a hash draws or counts is a buffer, saved with the weights. The experts of a

@@ -19,10 +19,10 @@ from statistics import fmean
 if __name__ == '__main__':      # Ctrl-C: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from config import configure, die       # before torch: it says how threads wait for one another
 import numpy as np
 
 import runs
-from config import configure, die
 from study.rows import COMMITTED, TIME_KEY, Result, by_clock, comparisons, pick, read_rows, results
 
 try:

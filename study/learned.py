@@ -17,12 +17,12 @@ from dataclasses import dataclass
 if __name__ == '__main__':      # Ctrl-C: just leave
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import train        # before torch: it says how threads wait for one another
 import numpy as np
 import tiktoken
 import torch
 from torch import Tensor
 
-import train
 from config import configure, die
 from model import GPT, Routing
 from prepare import get_encoding

@@ -34,11 +34,12 @@ function show(title, numbers, chosen) {
 function paint() {
   const shares = spans[0].routes[select.value][1].map(() => 0)
   for (const {routes, style} of spans) {
-    const [[first]] = routes[select.value]
-    style.cssText = colour(first)
-    shares[first] += 1 / spans.length
+    const [chosen] = routes[select.value]
+    style.cssText = colour(chosen[0])
+    for (const expert of chosen) shares[expert] += 1 / spans.length
   }
-  show('share of the tokens that each expert got; point at a token for its probabilities', shares, [])
+  show('share of the tokens that each expert got; a token has the colour of its first expert; ' +
+       'point at it for its probabilities', shares, [])
 }
 for (const i in spans[0].routes) add(select, 'option', i)
 select.value = layer

@@ -50,6 +50,17 @@ def test_every_part_gives_finite_positive_numbers(quick, monkeypatch, tmp_path):
             assert type(n) not in (int, float) or math.isfinite(n) and (n > 0 or key == 'dropped %')
 
 
+def test_a_rate_that_is_lost_in_the_noise_is_left_out(monkeypatch):
+    monkeypatch.setattr(bench, 'FLAGSHIP', TINY)
+    monkeypatch.setattr(bench, 'interleave', lambda calls, *_: {     # 1 token takes longer than 33
+        call: 2.0 if call[2] == 1 else 1.0 for call in calls})
+    monkeypatch.setattr(bench, 'find_spec', lambda name: None)
+    rows = bench.generate_part(bench.Config(quick=True), 'cpu')['generate']
+    assert {row['what']: row['tokens/s'] for row in rows} == {
+        'bare products': 32_000, 'GPT-2 without a cache': 2000, 'GPT-2': None, 'mixture': None}
+    assert [row['of bare'] for row in rows if row['tokens/s'] is None] == [None, None]
+
+
 @pytest.mark.parametrize('precision, dtype', [('bf16', torch.bfloat16), ('fp32', torch.float32)])
 def test_a_step_is_timed_and_counted_in_the_precision_of_its_row(precision, dtype, monkeypatch):
     monkeypatch.setattr(bench, 'FLAGSHIP', TINY)

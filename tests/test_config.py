@@ -1,7 +1,9 @@
 """Defaults < files < flags, one line for everything that cannot be, and what configs and README say."""
 
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -88,6 +90,47 @@ for script in sys.argv[1:]:         # in one process: importing torch takes long
         assert [key for _, key in keys] == [field.name for field in fields(module.Config)]
         config, _ = configure(module.Config, [flag for flag, _ in keys])
         assert str(config) == re.sub(r" +'", "'", str(module.Config())), script
+
+
+@pytest.mark.parametrize('argv', [
+    ['train.py', '--help'], ['prepare.py', '--help'], ['prepare.py', '--encoding=bytes', '--source=TEXT', '--out=OUT']])
+def test_a_program_just_ends_when_nobody_reads_on(argv, text, tmp_path):
+    argv = [arg.replace('TEXT', str(text)).replace('OUT', str(tmp_path)) for arg in argv]
+    read, write = os.pipe()
+    os.close(read)                              # as head does once it has its lines
+    ended = subprocess.run([sys.executable, *argv], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGPIPE, b'')
+
+
+def test_every_program_says_how_threads_wait_before_it_imports_torch():
+    code = '''
+import os, runpy, sys
+class Torch:                        # stands in its place, and says what is set when it is asked for
+    def find_spec(name, *_):
+        if name == 'torch':
+            raise SystemExit(os.environ.get('GOMP_SPINCOUNT'))
+sys.meta_path.insert(0, Torch)
+known = {*sys.modules}
+for program in sys.argv[1:]:
+    os.environ.pop('GOMP_SPINCOUNT', None)
+    try:
+        runpy.run_module(program, run_name='imported', alter_sys=True)
+    except SystemExit as told:
+        print(program, told)
+    for name in {*sys.modules} - known:         # the next one imports all of its own
+        if name.partition('.')[0] in ('config', 'exercises', 'model', 'prepare', 'runs', 'sample', 'scale', 'study',
+                                      'train', 'weights'):
+            del sys.modules[name]
+'''
+    files = [path.relative_to(ROOT) for part in ('', 'scale', 'study') for path in (ROOT / part).glob('*.py')]
+    programs = ['.'.join(file.with_suffix('').parts) for file in files if "__name__ == '__main__'" in
+                (ROOT / file).read_text()] + ['exercises.__main__']
+    environ = {key: value for key, value in os.environ.items() if key != 'GOMP_SPINCOUNT'}
+    said = subprocess.run([sys.executable, '-c', code, *programs], cwd=ROOT, env=environ, stdout=subprocess.PIPE,
+                          text=True, check=True).stdout
+    told = dict(line.split() for line in said.splitlines())
+    assert len(told) > 15 and told == dict.fromkeys(told, '100')
 
 
 def test_every_config_is_valid_names_its_own_run_and_differs_from_another_in_what_it_says():

@@ -241,6 +241,13 @@ def test_collapse_and_idle_experts_are_called_out(share, k, warnings, capsys):
     assert all(text in out for text in warnings)
 
 
+@pytest.mark.parametrize('router, shown', [('learned', True), ('ngram', False)])
+def test_only_a_learned_router_has_losses_to_be_printed(router, shown, cfg, capsys):
+    train.train(replace(cfg, router=router, experts_per_token=1, max_steps=1))
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith('step      0/1'))
+    assert ('balance' in line) == ('  z ' in line) == shown
+
+
 def test_nothing_is_called_collapse_before_the_first_step(cfg, capsys):
     train.train(cfg, build=lambda config: GPT(config, Other))
     first, later = capsys.readouterr().out.split('step 3  ')
@@ -257,6 +264,7 @@ def test_a_finished_run_ends_with_its_parent_its_dense_twin_and_itself(child, ca
                 {'step': 5, 'val_mean': val}]
         (folder / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + last)
     val, start = train.train(child)['val_mean'], train.train(replace(child, eval_only=True))['val']
+    assert f'\n{child.init_from} val ' in capsys.readouterr().out            # what was asked for, and no run's parent
     mine = json.loads(Path(child.out_dir, 'run.json').read_text())
     sibling('twin', 2.0, config={'moe_layers': []}, active=1_234_567)
     sibling('twin_1', 3.0, config={'moe_layers': [], 'seed': 1})

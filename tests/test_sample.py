@@ -90,8 +90,26 @@ def test_colour_is_for_terminals_unless_forced_and_the_text_is_the_same(
     assert ('\x1b' in out) == coloured == bool(legend) and text == plain
     if coloured:
         shares = [int(share) for share in re.findall(r'(\d+)%', legend)]
-        assert len(shares) == 16 and 90 < sum(shares) < 110 and text_of(color=color) == out
+        assert len(shares) == 16 and 190 < sum(shares) < 210 and text_of(color=color) == out    # two per token
         assert max(map(len, legend.splitlines())) <= 80
+
+
+@pytest.mark.parametrize('change, k', [(dict(n_experts=8), 2), (dict(router='ngram', experts_per_token=1), 4)])
+def test_the_legend_counts_every_expert_of_a_token_and_colours_those_that_come_first(change, k, cfg, capsys, tmp_path):
+    train.train(replace(cfg, max_steps=1, **change))
+    settings = dict(init_from=cfg.out_dir, color='always', html=str(tmp_path / 'page.html'), device='cpu')
+    capsys.readouterr()
+    sample.sample(sample.Config(**settings))
+    legend = capsys.readouterr().out.rpartition('-' * 80 + '\n')[2]
+    tokens = sum(data_of((tmp_path / 'page.html').read_text(encoding='utf-8'))['samples'], [])
+    routes = [routes['1'][0] for _, routes in tokens]
+    assert f'each goes to {k} experts' in legend and {*map(len, routes)} == {k}
+    cells = re.findall(r'(\x1b\[30[0-9;]*m)? (\d+) +(\d+)% ', legend.partition('\n')[2])
+    assert [int(expert) for _, expert, _ in cells] == [*range(len(tokens[0][1]['1'][1]))]
+    for colour, expert, percent in cells:
+        share = sum(int(expert) in experts for experts in routes) / len(routes)
+        assert int(percent) == pytest.approx(100 * share, abs=0.51)
+        assert bool(colour) == any(experts[0] == int(expert) for experts in routes)
 
 
 def test_a_seed_repeats_its_sample_another_gives_another_and_top_k_0_is_among_all_tokens(text_of):
