@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-import config as settings  # noqa: F401  before torch: it says how threads wait for one another
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -16,10 +16,12 @@ import time
 from collections.abc import Callable, Iterable
 from statistics import median
 
-from model import MLP, GPTConfig, MoE, sorted_loop      # before torch: it says how threads wait for one another
+import config       # noqa: F401  before torch: it says how threads wait for one another
 import torch
 import torch.nn as nn
 from torch import Tensor
+
+from model import MLP, GPTConfig, MoE, sorted_loop
 
 
 def stacked(experts: Iterable[MLP], name: str, dtype: torch.dtype) -> Tensor:
