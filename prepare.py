@@ -272,8 +272,9 @@ def cut_module(source: str) -> tuple[str, tuple]:
 
     One that is all of a body, or shares a line with the rest of it, stays in the text as well.
     """
-    lines, docstrings = [line + '\n' for line in source.split('\n')], []
-    for node in ast.walk(ast.parse(source)):
+    lines, docstrings, nodes = [line + '\n' for line in source.split('\n')], [], [ast.parse(source)]
+    for node in nodes:                          # a definition is in no expression: those take longest to walk
+        nodes += (child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             if docstring := ast.get_docstring(node):
                 docstrings.append(docstring)

@@ -1,5 +1,6 @@
 """What the tests share: a small folder of text, a config that trains in a moment, how to be refused."""
 
+import gc
 import json
 import os
 import random
@@ -20,6 +21,14 @@ import torch            # noqa: E402
 import prepare          # noqa: E402
 import train            # noqa: E402
 import weights          # noqa: E402
+
+
+def pytest_collection_finish():
+    gc.freeze()         # what torch and triton keep is not looked through again and again, which takes seconds
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope='session')

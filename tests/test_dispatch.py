@@ -104,7 +104,8 @@ def test_a_run_sets_the_dispatch_that_its_key_names(name, function, cfg):
 
 @pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
 def test_a_run_by_triton_takes_the_steps_of_the_loop(cfg):
-    both = [replace(cfg, dispatch=name, max_steps=3, out_dir=cfg.out_dir + name) for name in ('loop', 'triton')]
+    both = [replace(cfg, dispatch=name, max_steps=3, eval_windows=1, out_dir=cfg.out_dir + name)
+            for name in ('loop', 'triton')]
     for c in both:
         train.train(c)
     loop, triton = ([row['loss'] for row in log(c)[:-1]] for c in both)

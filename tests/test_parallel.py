@@ -82,7 +82,7 @@ def folder(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('parallel')
     for name in ('one', 'two'):
         (folder / name).mkdir()
-    run_all(data, folder / 'one', 'loop')
+    torch.set_default_dtype(torch.float64)
     c = replace(there(data, folder), resume=False)
     with pytest.raises(runs.Stopped):
         train.train(c, stop=Logged(c, 1))
@@ -94,6 +94,7 @@ def folder(data, tmp_path_factory):
                         'GLOO_SOCKET_IFNAME': 'lo'}
     two = [subprocess.Popen([sys.executable, __file__, str(data), str(folder)], stderr=subprocess.PIPE, text=True,
                             env=env | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(2)]
+    run_all(data, folder / 'one', 'loop')           # while they import torch
     said = [p.communicate(timeout=100)[1] for p in two]
     assert [p.returncode for p in two] == [0, 0], said
     yield folder

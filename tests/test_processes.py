@@ -21,8 +21,6 @@ import runs
 from model import MoE
 
 class Told(list):                                   # process 1 alone is told to stop, in its n-th step
-    left = int(sys.argv[2]) + (os.environ['RANK'] == '0') * 100
-
     def __bool__(self):
         self.left -= 1
         return self.left < 0
@@ -37,33 +35,43 @@ def after_step(moe, counts):
     moe.mine = 0
 
 torch.set_default_dtype(torch.float64)
-seen, MoE.route, MoE.after_step = [], route, after_step
-runs.catch_signals = lambda: Told([15])
-program, sys.argv = sys.argv[1], sys.argv[1:2] + sys.argv[3:]
-try:
-    runpy.run_path(program, run_name='__main__')
-except SystemExit as end:
-    code = end.code
-assert not dist.is_initialized(), 'still in the group'      # NCCL would warn
-print(json.dumps(seen), file=sys.stderr)
-sys.exit(code)
+MoE.route, MoE.after_step = route, after_step
+for steps, port, *sys.argv in json.loads(sys.argv[1]):
+    sys.stdout, os.environ['MASTER_PORT'] = sys.__stdout__, port
+    seen, told = [], Told([15])
+    told.left = steps + (os.environ['RANK'] == '0') * 100
+    runs.catch_signals = lambda: told
+    try:
+        runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as end:
+        code = end.code
+    assert not dist.is_initialized(), 'still in the group'      # NCCL would warn
+    print('', json.dumps([code, seen]), sep=chr(12), end=chr(12), file=sys.__stdout__)
 '''
 
 
-def run_two(cfg, steps=50):
-    """(exit code, stdout, stderr) of each of two processes that run train.py in float64."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    values = asdict(cfg) | {'moe_layers': ','.join(map(str, cfg.moe_layers))}
-    argv = [sys.executable, '-c', WORKER, str(ROOT / 'train.py'), str(steps),
-            *(f'--{key}={value}' for key, value in values.items())]
+def run_two(*todo):
+    """Of each (config, steps of process 1): (stdout, exit code, what was seen in each step) of both processes.
+
+    They run train.py in float64, one run after the other: importing torch takes longest.
+    """
+    jobs, said, sockets = [], [], [socket.create_server(('127.0.0.1', 0)) for _ in todo]
+    for s, (c, steps) in zip(sockets, todo):
+        values = asdict(c) | {'moe_layers': ','.join(map(str, c.moe_layers))}
+        jobs.append([steps, str(s.getsockname()[1]), str(ROOT / 'train.py'),
+                     *(f'--{key}={value}' for key, value in values.items())])
+    for s in sockets:
+        s.close()                                   # its port is free now
     common = os.environ | {'PYTHONPATH': str(ROOT), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
-                           'MASTER_PORT': str(port), 'GLOO_SOCKET_IFNAME': 'lo'}
-    processes = [subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                  env=common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)})
-                 for rank in range(2)]
-    return [(p.returncode, *out) for p, out in [(p, p.communicate(timeout=100)) for p in processes]]
+                           'GLOO_SOCKET_IFNAME': 'lo'}
+    processes = [subprocess.Popen([sys.executable, '-c', WORKER, json.dumps(jobs)], text=True, stdout=subprocess.PIPE,
+                                  env=common | {'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(2)]
+    for p in processes:
+        out = p.communicate(timeout=100)[0]
+        assert p.returncode == 0
+        texts, ends = out.split(chr(12))[:-1:2], out.split(chr(12))[1::2]
+        said.append([(text, *json.loads(end)) for text, end in zip(texts, ends, strict=True)])
+    return zip(*said, strict=True)
 
 
 @pytest.fixture
@@ -88,12 +96,13 @@ def test_two_processes_take_the_steps_of_one_and_each_goes_on_where_the_other_st
     two, there_and_back = (replace(cfg, out_dir=cfg.out_dir + n) for n in '23')
     with pytest.raises(runs.Stopped):
         train.train(there_and_back, stop=After(1 + 8 + 1))          # at the top of step 2
-    for c, steps, code, end in [(two, 50, 0, 6), (there_and_back, 2, 143, 4)]:
-        (code_0, out, seen_0), (code_1, silent, seen_1) = run_two(c, steps)
-        assert code_0 == code_1 == code and load(c)['step'] == end, seen_0 + seen_1
+    cases = [(two, 50, 0, 6), (there_and_back, 2, 143, 4)]
+    for (c, steps, code, end), ended in zip(cases, run_two(*(case[:2] for case in cases))):
+        (out, code_0, seen_0), (silent, code_1, seen_1) = ended
+        assert code_0 == code_1 == code and load(c)['step'] == end
         assert ('goes on from step 2' in out) == (steps == 2) and silent == ''
         assert step_lines(out) == (printed if steps == 50 else printed[1:2])
-        seen = list(zip(json.loads(seen_0), json.loads(seen_1)))
+        seen = list(zip(seen_0, seen_1))
         assert len(seen) == 2 * (6 if steps == 50 else 2)           # once a step, in both layers
         for (mine, total), (theirs, same) in seen:
             assert total == same == [a + b for a, b in zip(mine, theirs)]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -445,10 +446,13 @@ def test_the_whole_path_from_the_command_line_twice_and_after_interruptions(text
     moe = train_py + '--init_from=out/dense --moe_layers=1 --out_dir=out/moe --max_steps=10'
     run(f'prepare.py --source={text} --encoding=bytes --out=data/text')
     assert 'stopped at step' in run(dense, code=130, kill=signal.SIGINT)
-    assert 'goes on from step' in run(dense, code=143, kill=signal.SIGTERM)
-    assert 'out/dense has not finished' in run(moe)
-    assert 'out/moe is finished' in run(moe)
-    out = run('sample.py --color=always --max_new_tokens=40 --num_samples=2')
+    with ThreadPoolExecutor() as pool:          # two at a time: each imports torch, which takes longest
+        again = pool.submit(run, dense, code=143, kill=signal.SIGTERM)
+        assert 'out/dense has not finished' in run(moe)
+        assert 'goes on from step' in again.result()
+        again = pool.submit(run, moe)
+        out = run('sample.py --color=always --max_new_tokens=40 --num_samples=2')
+        assert 'out/moe is finished' in again.result()
     assert 'out/moe/best.pt' in out and out.count('-' * 80) == 3 and '\x1b[30;48;5;' in out
 
 
