@@ -10,8 +10,11 @@ P = 2 (capacity_factor 1), top-1:
 
 A batched product of (E, P, C) by (E, C, 4C) then serves all experts. Its shape never depends on what the
 router chose, so it can be recorded in a CUDA graph, and messages between devices have one size. Experts
-with few tokens multiply empty places, and experts with many drop some. First choices are placed before
-second ones, and earlier tokens before later ones, so that a token's result depends on the rest of its batch.
+with few tokens multiply empty places, and experts with many drop some: capacity_factor times the rows in all,
+and a copy of all weights. With k > 1 only that choice's part is lost; the other weights stay as they are.
+
+First choices are placed before second ones, and earlier tokens before later ones. So a token's result depends on
+others: for k = 1 on those before it, for k > 1 on later ones too, which is what a language model must not see.
 
     python train.py config/tiny.py --dispatch=capacity --capacity_factor=1.25
     python -m scale.capacity

@@ -1,23 +1,24 @@
 """A step as a few CUDA graphs: its launches recorded once, then replayed by a single one each.
 
-A step of a few thousand tokens is a thousand small kernels, and the GPU waits for the CPU to launch each
-of them. A CUDA graph is that sequence of launches, recorded once. A replay does the very same to the very
-same memory, so
+A micro-batch of a few thousand tokens is a thousand small kernels, and the GPU waits for the CPU to
+launch each of them. (Where kernels are large enough to fill the step, there is little to gain.) A CUDA
+graph is that sequence of launches, recorded once. A replay does the very same to the very same memory,
+so
 
     inputs are copied to fixed places, and results are copied away before the next replay
-    gradients have fixed addresses; an idle expert's is zero, not None, so Adam moves it
+    gradients have fixed addresses; with these dispatches an idle expert's is zero, not None, so Adam moves it
     the noise's size and the learning rate are tensors, since numbers would be recorded as they are
     nothing may wait for the device, as dispatch='loop' does to learn how many tokens each expert got
 
-A step is four graphs: its first micro-batch, which writes the gradients; every later one, which adds to
-them; clipping; AdamW. Before the last the host reads the gradient's length, so that a NaN still ends the
-run before it reaches the weights.
+A step is four graphs: its first micro-batch, which writes the gradients; every later one, if there are
+any, which adds to them; clipping; AdamW. Before the last the host reads the gradient's length, so that
+a NaN still ends the run before it reaches the weights. Evaluation is a fifth.
 
     python train.py config/fast_gpt2.py         sets cuda_graph=True
     python -m scale.graph                       needs an NVIDIA GPU
 
-Dropout and noise come from the seed that torch.manual_seed set before the replay. These draws differ from
-the plain loop's once the noise's size is 0, since that then draws none. The learning rate is in fp32.
+Dropout and noise come from the seed that torch.manual_seed set before the replay. Once the noise's size is 0
+the plain loop draws none and the graph still does, so their dropout differs from there.
 (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs)
 """
 

@@ -3,14 +3,16 @@
 The loop in model.py starts a few small kernels per expert, and waits once per mixture to learn how many
 tokens each expert got. On a GPU both cost more than the arithmetic. A grouped product takes all tokens
 sorted by expert, all experts' matrices stacked, and the ends of the experts' slices, which stay on the
-device: row r is multiplied by the matrix of the expert in whose slice it lies. One kernel does it.
+device: row r is multiplied by the matrix of the expert in whose slice it lies. Each of the MLP's two products
+is one kernel then.
 
     python train.py config/fast_gpt2.py         sets dispatch='grouped'
     python -m scale.grouped
 
 Every expert takes part in the product, so one without tokens gets a gradient of zero instead of none,
-and Adam moves it all the same. The fast kernel is for bf16 on NVIDIA Hopper and newer; everywhere else
-PyTorch loops by itself, which is right and slow. (PyTorch 2.10 and newer; MegaBlocks, arXiv 2211.15841.)
+and Adam moves it all the same. It loses with many experts and few tokens, since each pass casts and stacks
+all experts' weights. The fast kernel is for bf16 on NVIDIA Hopper and newer. Everywhere else PyTorch loops by
+itself and waits: right, slow, and in no CUDA graph. (PyTorch 2.10 and newer; MegaBlocks, arXiv 2211.15841.)
 """
 
 import torch
@@ -26,7 +28,6 @@ def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     """What model.sorted_loop computes: x (N, C) through its experts, weighted and summed -> (N, C)."""
     (N, C), k, E = x.shape, routing.experts.shape[1], len(experts)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    # this copy of all weights is what autocast would make of each of them anyway
     w1, b1, w2, b2 = (stacked(experts, name, dtype) for name in
                       ('c_fc.weight', 'c_fc.bias', 'c_proj.weight', 'c_proj.bias'))
     ends = routing.counts.cumsum(dim=0).int()                       # (E,) where each slice ends
@@ -37,7 +38,7 @@ def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     hidden = F.grouped_mm(rows, w1.transpose(1, 2), offs=ends) + which @ b1         # (N*k, 4C)
     hidden = F.gelu(hidden, approximate='tanh')
     out = F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends) + which @ b2          # (N*k, C)
-    y = torch.empty_like(out).index_copy(0, order, out).view(N, k, C)               # unsorted
+    y = torch.empty_like(out).index_copy_(0, order, out).view(N, k, C)               # unsorted
     return (routing.weights.unsqueeze(-1) * y).sum(dim=1)
 
 

@@ -4,19 +4,21 @@ A learned router has to find out which tokens belong together while its experts 
 runs of study/RESULTS.md it found little. A hash decides beforehand. By the id alone (arXiv 2106.04426), each
 expert becomes the MLP of its own tokens. By the last two or three ids, it becomes the MLP of its n-grams,
 which tell more about the next token. With the hidden units cut into slices, each slice with a hash of its
-own, one token has both.
+own, a token has experts of both kinds.
 
     python train.py config/best_tiny.py         sets router='ngram' and experts_per_token=1
-    --experts_per_token=1 --router=hash         one expert for each id, the commonest ids spread evenly
+    --experts_per_token=1 --router=hash         one expert for each id; upcycled, the commonest spread evenly
     --experts_per_token=1 --router=sliced_hash  four slices, each with another such table
     --experts_per_token=1 --router=ngram        four slices, by the last one, two, three and two ids
     python -m scale.hashed                      what a short text is sent to
 
-The two slices by two ids have other factors. Where a sequence begins, -1 stands for the ids before it.
+The two slices by two ids have other factors, and the slice by one id a table that is drawn at random. Where a
+sequence begins, -1 stands for the ids before it.
 
-The arithmetic is the dense model's. What it costs is parameters, and time where 32 small experts take more than
-one large MLP: study/RESULTS.md. What a hash draws or counts is a buffer, saved with the weights. The experts of a
-token are known as soon as it is, so they can be fetched ahead of need (scale/offload.py, for router='hash').
+The arithmetic is the dense model's. What it costs is parameters, and time where four slices of 8 small experts,
+for which each token is sorted and put back four times, take more than one large MLP: study/RESULTS.md. What a
+hash draws or counts is a buffer, saved with the weights. The experts of a token are known as soon as it is, so
+they can be fetched ahead of need (scale/offload.py, for router='hash').
 """
 
 import copy
@@ -87,7 +89,7 @@ class Bigram(Hash):
 def hash_last(ids: Tensor, factors: Tensor) -> Tensor:
     """A number for each token's last n ids, itself included, each times the factor of its age.
 
-    ids (B, T+2), behind those of the two tokens before; factors (n,) -> (B, T).
+    ids (B, T+2), of which the first two are the ids before x; factors (n,) -> (B, T).
     """
     T = ids.shape[1] - 2
     hashed = torch.zeros_like(ids[:, 2:])

@@ -1,24 +1,24 @@
 """The mixture as two Triton kernels: no loop, no wait for the device, no copy of the weights, in fp32 too.
 
-The loop waits to learn how many rows each expert got, since PyTorch needs a shape to launch a product.
-Here nobody asks. The (token, slot) pairs are sorted by expert, and the rows are cut into tiles of BM:
+The loop waits to learn how many rows each expert got, since PyTorch needs a shape to launch a product. Here nobody
+asks. The (token, slot) pairs are sorted by expert, and the rows are cut into tiles of BM:
 
     order      the pairs, by expert:       0 0 0 0 0 | 1 | 3 3 3            (expert 2 got none)
     offsets    where each expert begins:   0           5   6 6     9
     tiles      of BM = 4 rows:             [0 0 0 0] [0 . . .] [1 . . .] [3 3 3 .]
 
-A program is what one block of the GPU's threads does. Program number t looks up, on the device, whose
-tile t is; programs beyond the last tile return at once. Every expert has at most one tile that is partly
-empty, so M rows make at most M // BM + E tiles: that many programs are launched, and the host knows it.
+A program is what one block of the GPU's threads does. Each tile has ceil(N / BN) of them, one for each piece of the
+columns. A program looks up, on the device, whose tile its own is; programs beyond the last tile return at once.
+Every expert has at most one tile that is partly empty, so M rows make at most M // BM + E tiles.
 
 Each kernel does in one go what PyTorch does in several steps:
 
     product            gather the rows, multiply, add the bias, GELU (or its derivative), scatter the rows
-    weight_gradient    gather two sets of rows and multiply them, expert by expert, and add up the bias's
+    weight_gradient    gather two sets of rows and multiply them, expert by expert; add up the bias's gradient
 
-A gather is reading row order[i] in place of row i, a scatter is writing there. No number is added up by
-two programs, so the same input and the same tiles give the same bits. Each token's weighted sum is left
-to PyTorch, since the router's gradient needs the outputs before they are weighted.
+A gather reads row order[i] // k in place of row i, a scatter writes row order[i]. No number is added up by two
+programs, so the same input and the same tiles give the same bits. Each token's weighted sum is left to PyTorch,
+since the router's gradient needs the outputs before they are weighted. On many tokens cuBLAS is faster.
 
     python train.py config/moe_gpt2.py --dispatch=triton --cuda_graph=True
     python -m scale.kernels
@@ -26,7 +26,7 @@ to PyTorch, since the router's gradient needs the outputs before they are weight
 It needs an NVIDIA GPU and the package triton, which PyTorch's CUDA builds bring along. Without a GPU
 Triton's interpreter runs it, in about a minute: TRITON_INTERPRET=1. (ScatterMoE, arXiv 2403.08245)
 
-Legend: C n_embd, H = 4C hidden, E experts, k per token, M = tokens * k pairs, P = E up to a power of 2.
+Legend: C n_embd, H = 4C hidden, E experts, k per token, M = tokens * k pairs, P = E rounded up to a power of 2.
         A product is (M, K) x (K, N) -> (M, N). BM, BN, BK are the tiles' sizes along M, N and K.
 """
 
@@ -179,13 +179,13 @@ def gradients(g: Tensor, a: Tensor, order: Tensor, offsets: Tensor, precision: s
 @functools.cache
 def on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """(4, E) addresses of the parameters. Copying them there makes the host wait, so it is done once for
-    each model, and kept for ever, since a CUDA graph may read them: 32 bytes for each expert."""
+    each mixture, and kept for ever, since a CUDA graph may read them: 32 bytes for each expert."""
     return torch.tensor(addresses, dtype=torch.int64, device=device).view(4, -1)
 
 
 class Experts(torch.autograd.Function):
     """x (tokens, C), experts (tokens, k), counts (E,), precision, and the parameters of all experts: c_fc's
-    weights, its biases, c_proj's weights, its biases -> (M, C), in the order of the pairs."""
+    weights, its biases, c_proj's weights, its biases -> (M, C): row i is slot i % k of token i // k."""
 
     @staticmethod
     def forward(ctx, x: Tensor, experts: Tensor, counts: Tensor, precision: str, *parameters: Tensor):

@@ -2,14 +2,16 @@
 
 A mixture's experts are most of its weights, and a token needs k of them. Here they lie in host memory, pinned so
 that a GPU can copy while it computes, or in the checkpoint on disk, mapped into memory. On the device each mixture
-has R places, and the expert that was used longest ago makes room for one that is needed now (LRU).
+has R + k places, k of them for guesses. Of the R the expert that was used longest ago makes room for one that is
+needed now (LRU).
 
 What is needed now has to be waited for, so it is guessed one mixture ahead. A block adds only a little to what it
 reads (the first one adds much), so the next mixture's router, given this one's input, mostly chooses what it will
-choose later (arXiv 2312.17238, section 3.3). Its k guesses are fetched on a side stream into k places of their own,
-where a wrong one drives out nothing that is in use. A guess can hide its copy behind computing, and a wrong one is
-a copy more. On a CPU nothing is copied on the side, so there they can only cost. A hashed router (router='hash';
-slices are refused) needs no guess: its experts are known with the token.
+choose later (arXiv 2312.17238, section 3.3). Its k guesses are fetched on a side stream into the k places, where a
+wrong one drives out nothing that is in use. A guess can hide its copy behind computing. A wrong one is a copy
+more, and a cache with all R + k places for itself makes fewer. On a CPU nothing is copied on the side, so there
+they can only cost. A hashed router (router='hash'; slices are refused) needs no guess: its experts are known with
+the token.
 
     python -m scale.offload --init_from=out/tiny --resident=2
 
@@ -61,7 +63,7 @@ class Cache:
         self.resident, self.staged = {}, {}             # {expert: its place}, the longest unused first
         self.free = [Place(experts[0], device, side) for _ in range(R + k)]
         self.after = self.ids = None                    # the mixture that is guessed here; what it may read
-        self.guess, self.copies, self.seen = [], 0, []  # seen: (needed, of them here, guessed, when) of each call
+        self.guess, self.copies, self.seen = [], 0, []  # seen: (needed, of them here, guessed, time) of each call
 
     def __call__(self, experts: list[MLP], x: Tensor, routing: Routing) -> Tensor:
         """What model.sorted_loop computes, x (N, C) -> (N, C)."""

@@ -1,9 +1,9 @@
 """Experts spread over processes: each has a share of every mixture's experts, and tokens travel to them.
 
-DistributedDataParallel (DDP) keeps the whole model in each process: 16 bytes for each parameter of an expert, its
-weight, gradient and Adam's two means. Here each of W processes has E / W of the E experts; all else is as with DDP.
-A mixture takes six steps (GShard, arXiv 2006.16668). An exchange is a collective: every process calls it, in the
-same order, or the others wait for ever.
+DistributedDataParallel (DDP) keeps the whole model in each process: 20 bytes for each parameter, its weight,
+gradient, DDP's copy of that and Adam's two means. Here each of W processes has E / W of the E experts, at 16 bytes
+for each of their parameters. All else is as with DDP. The process that is sent most rows sets the pace. A mixture
+takes six steps (GShard, arXiv 2006.16668); all processes call each exchange, in the same order, or wait for ever.
 
     sort        the (token, slot) pairs by expert; the experts of process 0 come first, then those of 1
     count       each process tells each other one how many pairs its experts will get
@@ -15,8 +15,8 @@ same order, or the others wait for ever.
     torchrun --nproc_per_node=2 train.py config/moe_gpt2.py --dispatch=parallel
     torchrun --nproc_per_node=2 -m scale.parallel [config/moe_gpt2.py]      beside one process and DDP
 
-What a process sends, if tokens are spread evenly: (W - 1) / W of 4 N k C numbers per mixture and micro-batch of N
-tokens (rows there, results back, the gradients of both; recompute: 6), and of 2 P numbers per step for the P
+What a process sends, if tokens are spread evenly, is (W - 1) / W of this: 4 N k C numbers per mixture and
+micro-batch of N tokens (rows there, results back, the gradients of both; recompute: 6), and 2 P per step for the P
 parameters outside experts. A number has 4 bytes, of the rows in bf16 2. Production adds exchanges in stages over
 hosts (DeepSpeed-MoE, arXiv 2201.05596), exchanging while computing (Megatron-LM), sharding the rest (torchtitan).
 """
@@ -75,7 +75,7 @@ def all_to_all(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
 
 
 def spread(model: GPT, optimizer: dict | None = None) -> None:
-    """Leaves in a model and an optimizer's state dict this process's; other experts keep their places, empty."""
+    """Leaves this process's experts in a model and an optimizer's state dict; the others keep their places, empty."""
     for moe in model.mixtures().values():
         moe.dispatch = all_to_all
         for i, expert in enumerate(moe.experts):
@@ -92,13 +92,13 @@ def spread(model: GPT, optimizer: dict | None = None) -> None:
 
 
 def clip(parameters: Iterable[nn.Parameter], longest: float) -> Tensor:
-    """clip_grad_norm_, by the norm of the gradients of all processes together: ()."""
+    """Makes means of the experts' gradients, which are sums; then clips all by the norm over all processes: ()."""
     given = [p for p in parameters if p.grad is not None]
     experts = [p.grad for p in given if hasattr(p, 'process')]
     rest = get_total_norm([p.grad for p in given if not hasattr(p, 'process')])     # the same in each process
     squared = torch.zeros_like(rest)
     if experts:
-        torch._foreach_div_(experts, dist.get_world_size())     # they are sums over processes, the rest means
+        torch._foreach_div_(experts, dist.get_world_size())     # as the rest are already
         squared += get_total_norm(experts).square()
     dist.all_reduce(squared)
     norm = (squared + rest.square()).sqrt()

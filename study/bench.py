@@ -3,7 +3,7 @@
     python -m study.bench                   minutes on a GPU, a quarter of an hour on two CPU cores
     python -m study.bench --quick=True      smaller tables: two minutes on two CPU cores
     python -m study.bench --only=step,layer --json=bench.json       some of the parts, in a file too
-    python -m study.bench --only=rates,layer --json=bench.json      what study.cost reads
+    python -m study.bench --only=launches,rates,layer --json=bench.json      what study.cost reads
 
 A time is the median of repetitions after burn-in, the device waited for before and after each. All
 that a row compares took turns, so it compares even where other programs come and go.

@@ -3,16 +3,17 @@
     python -m study.bench --only=launches,rates,layer --json=bench.json     on a GPU
     python -m study.cost --json=bench.json
 
-A pass through one layer that is measured alone takes the sum of two times, which hardly overlap:
+A pass through one layer that is measured alone takes the sum of two times. They hardly overlap, but for a loop
+over many experts, where the host runs ahead.
 
-    host        PyTorch's calls, as counted, and one for each parameter, of which autograd keeps track, times the
-                host's time for one: the only number that is fitted here
+    host        (PyTorch's calls, as counted, + the number of parameters) x the time of one, which is fitted
     device      operations over the measured rate of a product of as many rows, or the time to move the
                 weights if that is longer, and all other bytes over the measured rate of a copy
 
-Launches alone do not tell the host's time: with 128 experts Triton's kernels are 37 launches and 9 ms. The products
-of Triton's kernels are slower than cuBLAS's, whose rates are measured: how much, the largest layer tells.
-Experts spread over several devices add the bytes that cross between them, over the rate of the link.
+Launches alone do not tell the host's time: with 128 experts and 1,024 tokens Triton's kernels are 37 launches and
+9.6 ms. Their products are slower than cuBLAS's, whose rates are measured: by a factor that is fitted to the largest
+layer, which is exact by construction then. Experts spread over several devices add the bytes that cross between
+them, over the rate of the link.
 """
 
 import json
@@ -51,7 +52,7 @@ class Way(NamedTuple):
 
 # A parameter is read twice and its gradient written, 4 bytes each; capacity also reads and writes the copy,
 # bf16 the cast weights and gradients. Elements: GELU 8 forward and 12 backward, the biases' gradients 5,
-# gathering and scattering 4 and 5, the weighted sum 6. Triton's kernels move but the last three's half
+# gathering and scattering 9, the weighted sum 6: 25 and 15. Triton's kernels do all that in about 18
 WAYS = {
     'dense': Way('fp32', False, True, 12, 25), 'bf16': Way('bf16', False, True, 18, 25, 2),
     'mistral_loop': Way('fp32', False, False, 12, 40), 'sorted_loop': Way('fp32', False, False, 12, 40),
@@ -84,7 +85,7 @@ class Cost:
                 self.behind[name] = (ms - rest) / self.products(*size, name)
 
     def calls(self, name: str, E: int) -> float:
-        """Of a pass through one layer, a router's and four parameters for each expert among them."""
+        """Of a pass through one layer, and 4 E + 1 for the parameters."""
         return float(np.polyval(self.lines[name], E)) + (4 if name in DENSE else 4 * E + 1)
 
     def pairs(self, tokens: int, k: int, name: str) -> int:
@@ -123,7 +124,8 @@ class Cost:
         step = ACTIVE * (layer / EXPERT + adam)                         # as if all of it cost what the MLPs do
         added = MIXTURES * (self.layer(N, local, 1, name) - layer + adam * EXPERT * (local - 1))
         # rows there and back, forward and backward
-        messages = MIXTURES * 4 * N * C * WAYS[name].size * (1 - 1 / devices) / (link * 1e6)
+        rows = N * WAYS[name].padded
+        messages = MIXTURES * 4 * rows * C * WAYS[name].size * (1 - 1 / devices) / (link * 1e6)
         return {'tokens': tokens, 'experts': E, 'devices': devices, 'dispatch': name, 'dense ms': step,
                 'added ms': added, 'messages ms': messages, 'added %': 100 * (added + messages) / step}
 
