@@ -133,7 +133,8 @@ def sorted_loop(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     how many tokens there are; after the sort one wait per mixture tells it for all experts.
     """
     (N, C), k = x.shape, routing.experts.shape[1]
-    order = routing.experts.flatten().argsort(stable=True)      # (token, slot) pairs, by expert
+    # (token, slot) pairs, by expert. Stable: the same order, and so the same bits, everywhere
+    order = routing.experts.flatten().argsort(stable=True)
     inputs = x.index_select(0, order // k)                      # (N*k, C) the pairs' tokens
     slices = inputs.split(routing.counts.tolist())              # one for each expert: the only wait
     # an expert without tokens is skipped: it gets no gradient and so no optimizer step
@@ -195,7 +196,7 @@ class MoE(nn.Module):
             # divided by its sum, a single p would be the constant 1 and the LM loss could not teach the
             # router. This is exactly 1 going forward and has p's gradient going back: <dL/dy, expert(x)>
             return 1 + (p - p.detach())
-        return p / p.sum(dim=-1, keepdim=True)
+        return p / p.sum(dim=-1, keepdim=True)      # teaches the chosen logits; the line above all E
 
     def after_step(self, counts: Tensor) -> None:
         """Called after each optimizer step; counts (E,) are the whole step's, of all processes."""

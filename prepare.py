@@ -96,7 +96,7 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     except Exception as error:                  # whatever the network does
         die(f"GPT-2's vocabulary could not be fetched to {folder} ({url}: {error!r:.200})"
             f'{way_round(error)}; set TIKTOKEN_CACHE_DIR to a folder that holds it from another '
-            'machine, or do without: python prepare.py --source=local')
+            'machine, or do without: --encoding=bytes, or python prepare.py --source=local')
 
 
 def open_url(url: str) -> io.BufferedIOBase:

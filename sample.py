@@ -121,7 +121,7 @@ def paint(text: str, expert: int) -> str:
 
 def print_legend(layer: int, experts: list[list[int]], n_experts: int) -> None:
     """Each expert's share of the tokens, eight on a line. experts are those of each token; the first gives it its
-    colour, so an expert that is nobody's first has none."""
+    colour, so an expert that is nobody's first (in sliced mixtures all but the first slice's) has none."""
     counts, firsts, k = Counter(chain(*experts)), {first for first, *_ in experts}, len(experts[0])
     cells = [f' {i} {counts[i] / len(experts):4.0%} ' for i in range(n_experts)]
     cells = [paint(cell, i) if i in firsts else cell for i, cell in enumerate(cells)]

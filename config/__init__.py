@@ -93,7 +93,7 @@ def convert(key: str, kind: type, value: Any, is_text: bool) -> Any:
             return new
     except (ValueError, KeyError, OverflowError):
         pass                                                # said in the same words for every kind
-    written = ', as in --key=value' if value is True else ''
+    written = f'; write --{key}=value' if value is True else ''
     raise ValueError(f'{key} must be {expected}, not {value!r}{written}')
 
 

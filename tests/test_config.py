@@ -47,7 +47,7 @@ def test_a_config_file_is_utf_8_whatever_its_comments_say(first, tmp_path):
     ('--lr=1', "'lr', did you mean learning_rate?"), ('--epochs=3', "'epochs', did you mean max_steps?"),
     ('--max_iters=9', "'max_iters', did you mean max_steps?"), ('--out_dir', 'out_dir must be text, not True'),
     ('--seed=3.5', "command line: seed must be a whole number, not '3.5'"),
-    ('--seed', 'seed must be a whole number, not True, as in --key=value'),
+    ('--seed', 'seed must be a whole number, not True; write --seed=value'),
     ('--moe_layers=1,b', "moe_layers must be whole numbers such as 8,9,10,11, not '1,b'"),
     ('--recompute=yes', "recompute must be True or False, not 'yes'"), ('-seed=3', '-seed=3: not a config file'),
     ('missing.py', 'missing.py: not a config file that can be run (FileNotFoundError'),
