@@ -104,8 +104,10 @@ def read_file(path: str) -> list[tuple[str, Any]]:
         with open(path if path.endswith('.py') else path + '.py', encoding='utf-8-sig') as f:
             exec(compile(f.read(), path, 'exec'), names)
     except (Exception, SystemExit) as error:                # whatever the user's own code raises
+        near = f'config/{os.path.basename(path).removesuffix(".py")}.py'
+        meant = os.path.exists(near) and not os.path.exists(path)
         die(f'{path}: not a config file that can be run ({error!r:.200}); '
-            'files end in .py, flags are --key=value')
+            + (f'did you mean {near}?' if meant else 'files end in .py, flags are --key=value'))
     return [(k, v) for k, v in names.items() if k[0] != '_' and not inspect.ismodule(v)]
 
 

@@ -51,6 +51,7 @@ def test_a_config_file_is_utf_8_whatever_its_comments_say(first, tmp_path):
     ('--moe_layers=1,b', "moe_layers must be whole numbers such as 8,9,10,11, not '1,b'"),
     ('--recompute=yes', "recompute must be True or False, not 'yes'"), ('-seed=3', '-seed=3: not a config file'),
     ('missing.py', 'missing.py: not a config file that can be run (FileNotFoundError'),
+    ('tiny', 'tiny: not a config file'), ('tiny', 'did you mean config/tiny.py?'),
     ('max_step = 3', "one.py: unknown key 'max_step', did you mean max_steps?"),
     ('seed = "3"', "one.py: seed must be a whole number, not '3'"), ('seed = True', 'whole number, not True'),
     ('beta1 = True', 'beta1 must be a number, not True'), ('beta1 = 10**400', 'beta1 must be a number'),
