@@ -186,15 +186,16 @@ class MoE(nn.Module):
             return self.router(x.to(self.router.weight.dtype))
 
     def choose(self, probs: Tensor, ids: Tensor) -> Tensor:
-        """The numbers of the k likeliest experts, best first (N, k)."""
+        """The numbers of the k likeliest experts, best first (N, k); of equals, whichever topk takes."""
         return probs.topk(self.k).indices
 
     def weigh(self, probs: Tensor, experts: Tensor) -> Tensor:
         """What each chosen expert's output is multiplied by (N, k)."""
         p = probs.gather(1, experts)
         if self.k == 1:
-            # divided by its sum, a single p would be the constant 1 and the LM loss could not teach the
-            # router. This is exactly 1 going forward and has p's gradient going back: <dL/dy, expert(x)>
+            # p itself would scale the output, and the child would not begin as its parent. Divided by its
+            # sum it would be the constant 1, and the LM loss could not teach the router. This is exactly 1
+            # going forward and has p's gradient going back: <dL/dy, expert(x)>
             return 1 + (p - p.detach())
         return p / p.sum(dim=-1, keepdim=True)      # teaches the chosen logits; the line above all E
 
@@ -230,7 +231,7 @@ def load_balance_loss(routing: Routing) -> Tensor:
     """
     N, k = routing.experts.shape[-2:]
     f = routing.counts / (N * k)                                # (E,) has no gradient
-    P = routing.probs.mean(dim=-2)                              # (E,) has one
+    P = routing.probs.mean(dim=-2)                              # (E,) has one, down to the first layer
     return P.shape[-1] * (f * P).sum(dim=-1)
 
 
