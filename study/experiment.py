@@ -195,10 +195,10 @@ class Study:
 
     def settle(self, name: str, steps: int) -> float:
         """An arm's best rate, bracketed first where it is not yet."""
-        steps = SHORT.get(self.cfg.scale, steps)
-        while rate := next_rate(losses := tried(self.known(), self.of | {'steps': steps}, name),
-                                self.base.learning_rate):
-            self.ensure(name, steps, rate, 0)
+        of = self.of | {'steps': SHORT.get(self.cfg.scale, steps)}
+        twins = best_rate(tried(self.known(), of, 'twin'))[0] if name != 'twin' else None       # a good place to begin
+        while rate := next_rate(losses := tried(self.known(), of, name), twins or self.base.learning_rate):
+            self.ensure(name, of['steps'], rate, 0)
         return best_rate(losses)[0]
 
     def ensure(self, name: str, steps: int, lr: float, seed: int, sha: str = '') -> None:

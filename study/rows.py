@@ -87,13 +87,14 @@ def best_rate(losses: dict[float, float]) -> tuple[float | None, bool]:
 
 
 def next_rate(losses: dict[float, float], own: float) -> float | None:
-    """The rate to try next: half, once and twice the scale's own, then on beyond the best. None once it is
-    bracketed."""
+    """The rate to try next: own, its half and its double, then on beyond the best. None once it is bracketed."""
+    best, bracketed = best_rate(losses)
+    if bracketed:
+        return None
     for rate in (own, own / 2, own * 2):
         if rate not in losses:
             return rate
-    best, bracketed = best_rate(losses)
-    return None if bracketed else best / 2 if best == min(losses) else best * 2
+    return best / 2 if best == min(losses) else best * 2
 
 
 # Differences to the twin

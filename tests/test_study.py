@@ -169,6 +169,20 @@ def test_an_experiment_brackets_rates_runs_seeds_and_its_rows_can_be_made_again(
     assert read_rows('r.json') == rows
 
 
+def test_an_arms_rates_begin_at_its_twins_best(small, monkeypatch):
+    study = experiment.Study(small, [])
+    own = study.base.learning_rate
+    rows = [row('twin', 0, loss, own * rate) | study.of | {'steps': 4}
+            for rate, loss in ((1 / 8, 2.1), (1 / 4, 2.0), (1 / 2, 2.2))]
+    monkeypatch.setattr(study, 'known', lambda: rows)
+
+    def ensure(name, steps, lr, seed):
+        rows.append(row(name, seed, 2 + abs(math.log(lr / own * 5)), lr) | study.of | {'steps': steps})
+    monkeypatch.setattr(study, 'ensure', ensure)
+    assert study.settle('top1', 4) == own / 4
+    assert [each['lr'] / own for each in rows[3:]] == [1 / 4, 1 / 8, 1 / 2]
+
+
 def test_time_gives_the_twin_by_the_clock_its_steps_and_the_table_both_differences(small, capsys):
     one = replace(small, seeds=(0,), rates='1')
     experiment.main(one, [])
