@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import os
+from collections import Counter
 from operator import itemgetter
 from statistics import fmean, median
 from typing import NamedTuple
@@ -71,11 +72,13 @@ def comparisons(rows: list[dict]) -> list[dict]:
 def tried(rows: list[dict], of: dict, arm: str) -> dict[float, float]:
     """{learning rate: validation loss} of an arm's runs with seed 0 in a comparison.
 
-    Of a scale in SHORT: in the runs of so many steps, if there are any.
+    Of a scale in SHORT: in the runs of so many steps, if there are any. Where a rate was run from several parents,
+    that from which most rates were run counts.
     """
     short = of | {'steps': SHORT.get(of['scale'], of['steps'])}
     here = pick(rows, arm=arm, seed=0, **short) or pick(rows, arm=arm, seed=0, **of)
-    return {row['lr']: row['val_mean'] for row in here}
+    rates = Counter(row['sha256'] for row in here)
+    return {row['lr']: row['val_mean'] for row in sorted(here, key=lambda row: (rates[row['sha256']], row['sha256']))}
 
 
 def best_rate(losses: dict[float, float]) -> tuple[float | None, bool]:
