@@ -195,9 +195,9 @@ class MoE(nn.Module):
         if self.k == 1:
             # p itself would scale the output, and the child would not begin as its parent. Divided by its
             # sum it would be the constant 1, and the LM loss could not teach the router. This is exactly 1
-            # going forward and has p's gradient going back: <dL/dy, expert(x)>
+            # going forward and has p's gradient, in all E logits, going back: <dL/dy, expert(x)>
             return 1 + (p - p.detach())
-        return p / p.sum(dim=-1, keepdim=True)      # teaches the chosen logits; the line above all E
+        return p / p.sum(dim=-1, keepdim=True)      # its gradient reaches the chosen logits alone
 
     def after_step(self, counts: Tensor) -> None:
         """Called after each optimizer step; counts (E,) are the whole step's, of all processes."""

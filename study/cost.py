@@ -42,7 +42,7 @@ class Config:
 class Way(NamedTuple):
     """What a dispatch multiplies and moves."""
     rate: str               # which of the measured rates its products have
-    own: bool               # whether its kernels are not cuBLAS's: what the largest layer tells is their rate
+    own: bool               # whether its products are by kernels of its own, whose rate the largest layer tells
     together: bool          # whether all experts' rows are one product
     weight_bytes: int       # moved for each parameter of each expert
     elements: int           # moved for each pair and channel besides the products
@@ -85,7 +85,7 @@ class Cost:
                 self.behind[name] = (ms - rest) / self.products(*size, name)
 
     def calls(self, name: str, E: int) -> float:
-        """Of a pass through one layer, and 4 E + 1 for the parameters."""
+        """PyTorch's calls of a pass through one layer, and one for each of its parameters."""
         return float(np.polyval(self.lines[name], E)) + (4 if name in DENSE else 4 * E + 1)
 
     def pairs(self, tokens: int, k: int, name: str) -> int:
@@ -150,7 +150,7 @@ def main(cfg: Config) -> tuple[list[dict], list[dict]]:
          f'{near} of {len(rows)} are within 25%. Fitted: {1000 * cost.call:.1f} us for a call.',
          'Products take ' + ', '.join(f'{x:.1f} ({name})' for name, x in cost.behind.items()) + " of cuBLAS's time.")
     table = [cost.seed_row(*size, name, cfg.link) for size in SEED for name in cost.lines
-             if name not in ('dense', 'bf16')]
+             if name not in DENSE]
     show("a step at the original's four scales: every number is predicted", table,
          f'{MOST:,} tokens at a time on one device; {cfg.link:g} GB/s from each device to the others, not measured.')
     return rows, table

@@ -196,8 +196,9 @@ class Study:
     def settle(self, name: str, steps: int) -> float:
         """An arm's best rate, bracketed first where it is not yet."""
         of = self.of | {'steps': SHORT.get(self.cfg.scale, steps)}
-        twins = best_rate(tried(self.known(), of, 'twin'))[0] if name != 'twin' else None       # a good place to begin
-        while rate := next_rate(losses := tried(self.known(), of, name), twins or self.base.learning_rate):
+        twins_best = best_rate(tried(self.known(), of, 'twin'))[0] if name != 'twin' else None
+        begin = twins_best or self.base.learning_rate
+        while rate := next_rate(losses := tried(self.known(), of, name), begin):
             self.ensure(name, of['steps'], rate, 0)
         return best_rate(losses)[0]
 

@@ -64,7 +64,8 @@ def pick(rows: list[dict], **what) -> list[dict]:
 def comparisons(rows: list[dict]) -> list[dict]:
     """What the rows of each table share. A twin by the clock makes none of its own."""
     found = {itemgetter(*COMPARISON)(row) for row in rows if not row['clock']}
-    return [dict(zip(COMPARISON, values)) for values in sorted(found, key=lambda of: (of[0] != 'tiny', of))]
+    return [dict(zip(COMPARISON, values)) for values in
+            sorted(found, key=lambda of: (of[0] != 'tiny', of[0], of[2] == 'longer', of))]
 
 
 # Learning rates: brackets are of seed 0

@@ -87,7 +87,7 @@ def test_a_best_rate_is_read_from_seed_0_and_of_gpt2_from_its_short_runs():
     assert best_rate(tried(rows, of, 'a')) == (2.0, True)
     assert best_rate(tried(rows, of | {'steps': 1500}, 'a')) == (None, False)
     assert best_rate(tried(rows[:2], of, 'a')) == (2.0, False)
-    others = [row('a', 0, 1.5, 4.0, '0'), row('a', 0, 2.3, 0.5, 'z')]      # of parents with fewer rates
+    others = [row('a', 0, 1.5, 4.0, 'z'), row('a', 0, 2.3, 0.5, '0')]      # of parents with fewer rates
     for every in (rows + others, others + rows):
         assert tried(every, of, 'a') == {0.5: 2.3, 1.0: 2.1, 2.0: 2.0, 4.0: 2.2}
     gpt2 = [each | {'scale': 'gpt2', 'steps': 2000} for each in rows[:3]]
