@@ -8,8 +8,8 @@ asks. The (token, slot) pairs are sorted by expert, and the rows are cut into ti
     tiles      of BM = 4 rows:             [0 0 0 0] [0 . . .] [1 . . .] [3 3 3 .]
 
 A program is what one block of the GPU's threads does. Each tile has ceil(N / BN) of them, one for each piece of the
-columns. A program looks up, on the device, whose tile its own is; programs beyond the last tile return at once.
-Every expert has at most one tile that is partly empty, so M rows make at most M // BM + E tiles.
+columns. A program looks up, on the device, whose tile its own is; those beyond the last tile return at once. Each
+expert has at most one tile that is partly empty, so M rows make at most M // BM + E tiles.
 
 Each kernel does in one go what PyTorch does in several steps:
 
@@ -18,7 +18,7 @@ Each kernel does in one go what PyTorch does in several steps:
 
 A gather reads row order[i] // k in place of row i, a scatter writes row order[i]. No number is added up by two
 programs, so the same input and the same tiles give the same bits. Each token's weighted sum is left to PyTorch,
-since the router's gradient needs the outputs before they are weighted. On many tokens cuBLAS is faster.
+since the router's gradient needs the outputs before they are weighted.
 
     python train.py config/moe_gpt2.py --dispatch=triton --cuda_graph=True
     python -m scale.kernels
@@ -51,8 +51,7 @@ FP32 = 'tf32x3'     # or ieee. Three TF32 products on tensor cores: as fast, and
 
 @triton.jit
 def tile_rows(tile, offsets, E: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
-    """(the expert whose tile it is, the tile's first row, where the expert's rows end). The expert is E
-    or more if there is no such tile."""
+    """(the expert whose tile it is, E or more if there is none; the tile's first row; where the expert's rows end)."""
     e = tl.arange(0, P)                                                 # (P,) all experts
     begin = tl.load(offsets + e, mask=e < E, other=0)
     end = tl.load(offsets + e + 1, mask=e < E, other=0)
@@ -142,15 +141,20 @@ def weight_gradient(g, a, dw, db, order, offsets, GATHER_G: tl.constexpr, GATHER
         tl.store(db + expert * N + n, bias, mask=n < N)
 
 
-def tiles(rows: float, precision: str) -> tuple[dict, dict]:
-    """Tile sizes of both kernels for experts of so many rows on average. Higher tiles read the weights less
-    often, and are mostly empty if an expert has fewer rows than that."""
-    BM = 16 if rows < 24 else 32 if rows < 96 else 64
-    if rows < 24 and precision != 'ieee':   # writing the gradients is what takes long: small programs, many at once
-        gradient = dict(BM=16, BN=64, BK=128, num_warps=4, num_stages=2)
-    else:
-        gradient = dict(BM=16 if precision == 'ieee' else 32, BN=128, BK=128, num_warps=8, num_stages=3)
-    return dict(BM=BM, BN=128, BK=16 if precision == 'ieee' else 32, num_warps=4, num_stages=3), gradient
+TILES = {       # BM, BN, BK, warps, stages of a product forward, one backward, a gradient
+    'few': ((16, 128, 64, 4, 3), (16, 128, 64, 4, 3), (16, 32, 256, 4, 2)),
+    'ieee': ((128, 128, 16, 4, 3), (64, 64, 16, 4, 3), (16, 64, 128, 4, 2)),
+    'tf32x3': ((128, 128, 64, 8, 3), (256, 64, 32, 8, 3), (32, 128, 64, 4, 3)),
+    'tf32': ((128, 128, 32, 4, 3), (128, 128, 32, 4, 3), (64, 128, 128, 4, 3))}     # and bf16
+
+
+def tiles(rows: float, precision: str) -> list[dict]:
+    """TILES' three for experts of so many rows on average, as timed on an NVIDIA H200. Higher tiles than that
+    are mostly empty, lower ones read the weights more often."""
+    *products, gradient = TILES['few' if rows < 24 else precision]
+    if 24 <= rows < 96:
+        products = [(32, 128, 16 if precision == 'ieee' else 32, 4, 3)] * 2
+    return [dict(zip(('BM', 'BN', 'BK', 'num_warps', 'num_stages'), each)) for each in (*products, gradient)]
 
 
 def multiply(a: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, N: int, precision: str, *,
@@ -158,7 +162,7 @@ def multiply(a: Tensor, weights: Tensor, order: Tensor, offsets: Tensor, N: int,
              gelu: int = 0, steps: tuple[int, int] | None = None) -> Tensor:
     """product for all pairs -> (M, N). steps: of k and n in a weight, by default (N, 1), a matrix (K, N)."""
     M, K, E = len(order), a.shape[1], len(offsets) - 1
-    out, tile = a.new_empty(M, N), tiles(M / E, precision)[0]
+    out, tile = a.new_empty(M, N), tiles(M / E, precision)[steps is None]
     grid = (M // tile['BM'] + E) * triton.cdiv(N, tile['BN'])
     product[(grid,)](a, weights, biases, out, sums, order, offsets, gather, scatter, biases is not None, gelu,
                      E, triton.next_power_of_2(E), N, K, *(steps or (N, 1)), precision, **tile)
@@ -170,7 +174,7 @@ def gradients(g: Tensor, a: Tensor, order: Tensor, offsets: Tensor, precision: s
     """weight_gradient for all experts -> (E, N, K), (E, N), fp32 as the weights are."""
     (N, K), E = (g.shape[1], a.shape[1]), len(offsets) - 1
     dw, db = (g.new_empty(shape, dtype=torch.float32) for shape in ((E, N, K), (E, N)))
-    tile = tiles(len(order) / E, precision)[1]
+    tile = tiles(len(order) / E, precision)[2]
     grid = triton.cdiv(N, tile['BN']) * triton.cdiv(K, tile['BK'])
     weight_gradient[(grid, E)](g, a, dw, db, order, offsets, gather_g, gather_a, N, K, precision, **tile)
     return dw, db
@@ -219,9 +223,9 @@ def fused(experts: nn.ModuleList, x: Tensor, routing: Routing, fp32: str = '') -
 
     fp32: how fp32 is multiplied, ieee or tf32x3; '' is FP32. An expert without tokens gets a gradient of 0.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    precision = (fp32 or FP32) if torch.get_float32_matmul_precision() == 'highest' else 'tf32'
+    x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    exact = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == 'highest'
+    precision = (fp32 or FP32) if exact else 'tf32'
     parameters = [p for half in ([e.c_fc for e in experts], [e.c_proj for e in experts])
                   for p in (*(layer.weight for layer in half), *(layer.bias for layer in half))]
     with torch.cuda.device_of(x):

@@ -62,7 +62,7 @@ DATA = {'random': TEXT}
 @dataclass(frozen=True)
 class Config:
     quick: bool = False         # smaller tables
-    only: str = ''              # some of step,launches,layer,triton,rates,memory,generate; '' is all
+    only: str = ''              # some of step,launches,layer,graphs,triton,rates,memory,generate; '' is all
     repeats: int = 0            # repetitions of each timing; 0 is 3 on a CPU and 20 elsewhere
     json: str = ''              # a file for all rows
     device: str = ''            # cuda, mps, cpu ...; '' is the first of these that is there
@@ -340,6 +340,22 @@ def layer_row(N: int, E: int, k: int, cfg: Config, device: str) -> dict:
     return {'tokens': N, 'experts': E, 'k': k} | beside(ms) | {'dropped %': 100 * late}
 
 
+def graphs_part(cfg: Config, device: str) -> dict:
+    """One mixture in a CUDA graph, so without the host's time: all dispatches that do not wait. CUDA only."""
+    if not device.startswith('cuda') or cfg.quick:
+        return {}
+    rows = []
+    for N, E in product(TOKENS, EXPERTS):
+        calls = layer_calls(N, E, 1, device)[0]
+        ms = {name: in_a_graph(calls[name], cfg, device, times=3)
+              for name in LAYER if name in calls and name not in ('mistral_loop', 'sorted_loop')}
+        rows.append({'tokens': N, 'experts': E} | beside(ms))
+        del calls
+        gc.collect()
+        torch.cuda.empty_cache()
+    return {'graphs': show('one layer in a CUDA graph, top-1, forward and backward', rows)}
+
+
 def triton_part(cfg: Config, device: str) -> dict:
     """How exact the kernels are; study.fast has the flagship's step by them. CUDA only."""
     if 'tf32x3' not in dispatches(device) or cfg.quick:
@@ -513,8 +529,8 @@ def generate_part(cfg: Config, device: str) -> dict:
     return {'generate': show(title, rows, *notes)}
 
 
-PARTS = {'step': step_part, 'launches': launches_part, 'layer': layer_part, 'triton': triton_part,
-         'rates': rates_part, 'memory': memory_part, 'generate': generate_part}
+PARTS = {'step': step_part, 'launches': launches_part, 'layer': layer_part, 'graphs': graphs_part,
+         'triton': triton_part, 'rates': rates_part, 'memory': memory_part, 'generate': generate_part}
 
 
 def main(cfg: Config) -> dict:

@@ -11,7 +11,7 @@ over many experts, where the host runs ahead.
                 weights if that is longer, and all other bytes over the measured rate of a copy
 
 Launches alone do not tell the host's time: with 128 experts and 1,024 tokens Triton's kernels are 37 launches and
-9.6 ms. Their products are slower than cuBLAS's, whose rates are measured: by a factor that is fitted to the largest
+8.4 ms. Their products are slower than cuBLAS's, whose rates are measured: by a factor that is fitted to the largest
 layer, which is exact by construction then. Experts spread over several devices add the bytes that cross between
 them, over the rate of the link.
 """

@@ -12,6 +12,7 @@ import runs
 import train
 from conftest import log
 from model import GPT, GPTConfig, sorted_loop
+from scale import example, passes
 from scale.capacity import capacity
 from scale.grouped import grouped
 
@@ -89,6 +90,22 @@ def test_every_dispatch_is_mistrals_loop_where_no_gradient_counts_as_zero(
         assert (grads[name] is None) == (idle and function is sorted_loop), name
         mine = torch.zeros_like(other) if grads[name] is None else grads[name]
         assert (mine - other).norm() <= tolerance * other.norm() and (other.norm() > 0) == (not idle), name
+
+
+@pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
+@pytest.mark.parametrize('precision', ['ieee', 'tf32x3', 'tf32'])
+@pytest.mark.parametrize('tokens', [30, 100, 300])              # two experts: a few rows each, some, many
+def test_triton_equals_the_loop_with_each_size_of_tiles(precision, tokens):
+    moe, x = example(tokens, 2, 1, 20, 'cpu')
+    right, others = passes(moe, x, sorted_loop)
+    try:
+        torch.set_float32_matmul_precision('high' if precision == 'tf32' else 'highest')
+        y, mine = passes(moe, x, fused if precision == 'tf32' else partial(fused, fp32=precision))
+    finally:
+        torch.set_float32_matmul_precision('highest')
+    size = max(g.norm() for g in others)
+    assert (y - right).norm() <= 1e-5 * right.norm()
+    assert max((a - b).norm() for a, b in zip(mine, others)) <= 1e-5 * size
 
 
 @pytest.mark.parametrize('name, function', [
