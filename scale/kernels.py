@@ -23,8 +23,7 @@ since the router's gradient needs the outputs before they are weighted.
     python train.py config/moe_gpt2.py --dispatch=triton --cuda_graph=True
     python -m scale.kernels
 
-It needs an NVIDIA GPU and the package triton, which PyTorch's CUDA builds bring along. Without a GPU
-Triton's interpreter runs it, in about a minute: TRITON_INTERPRET=1. (ScatterMoE, arXiv 2403.08245)
+It needs triton (in PyTorch's CUDA builds) and an NVIDIA GPU, or TRITON_INTERPRET=1. (ScatterMoE, arXiv 2403.08245)
 
 Legend: C n_embd, H = 4C hidden, E experts, k per token, M = tokens * k pairs, P = E rounded up to a power of 2.
         A product is (M, K) x (K, N) -> (M, N). BM, BN, BK are the tiles' sizes along M, N and K.
@@ -89,7 +88,8 @@ def product(a, weights, biases, out, sums, order, offsets, GATHER: tl.constexpr,
         return
     row = first + tl.arange(0, BM).to(tl.int64)                                 # (BM,)
     pair = tl.load(order + row, mask=row < end, other=0)
-    source, target = (pair // GATHER if GATHER else row), (pair if SCATTER else row)
+    source = pair // GATHER if GATHER else row
+    target = pair if SCATTER else row
     n = column * BN + tl.arange(0, BN)                                          # (BN,)
     w = tl.multiple_of(tl.load(weights + expert).to(tl.pointer_type(tl.float32)), 16)
     acc = tl.zeros((BM, BN), tl.float32)
@@ -127,7 +127,8 @@ def weight_gradient(g, a, dw, db, order, offsets, GATHER_G: tl.constexpr, GATHER
     for start in range(begin, end, BM):
         row = start + tl.arange(0, BM).to(tl.int64)                             # (BM,)
         pair = tl.load(order + row, mask=row < end, other=0)
-        row_g, row_a = (pair // GATHER_G if GATHER_G else row), (pair // GATHER_A if GATHER_A else row)
+        row_g = pair // GATHER_G if GATHER_G else row
+        row_a = pair // GATHER_A if GATHER_A else row
         y = tl.load(g + row_g[None, :] * N + n[:, None],
                     mask=(row < end)[None, :] & (n < N)[:, None], other=0.0)    # (BN, BM)
         x = tl.load(a + row_a[:, None] * K + k[None, :],
@@ -179,8 +180,7 @@ def gradients(g: Tensor, a: Tensor, order: Tensor, offsets: Tensor, precision: s
 
 @functools.cache
 def on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """(4, E) addresses of the parameters. Copying them there makes the host wait, so it is done once for
-    each mixture, and kept for ever, since a CUDA graph may read them: 32 bytes for each expert."""
+    """(4, E) addresses of the parameters. Copied once, since the host waits for it, and kept: a graph may read them."""
     return torch.tensor(addresses, dtype=torch.int64, device=device).view(4, -1)
 
 
