@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ def arms(base: train.Config) -> dict[str, Arm]:
         'sliced_frozen': routers.SlicedFrozen, 'sliced_balanced2': routers.SlicedBalanced2,
         'sliced_balanced4': routers.SlicedBalanced4, 'sliced_balanced8': routers.SlicedBalanced8,
         'sliced_ngram': routers.SlicedNGram, 'sliced_ngram1212': routers.SlicedNGram1212,
-        'sliced_ngram2222': routers.SlicedNGram2222}
+        'sliced_ngram2222': routers.SlicedNGram2222, 'half1223': routers.Half1223}
     mixtures = {
         'top1': Arm(), 'top2': Arm(two), 'no_balance': Arm(unbalanced),
         'top2_of_2': Arm(two | {'n_experts': 2}),                       # no choice: a wider MLP
@@ -327,13 +328,18 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     for each in evaluations[:-1]:
         shares = [max(np.mean(list(of.values()), axis=0)) for of in each['share'].values()]
         balance += [[each['step'], round(each['balance'], 4), round(max(shares), 4)]] if shares else []
+    meta, data = load_data(cfg.data_dir, cfg.block_size)
+    seen, _ = train.evaluate(model, data['train'], cfg, device)
     total, active = model.count_parameters()
     row = {'sha256': saved['parent']['sha256'], 'val_mean': last['val_mean'], 'val': last['val'],
            'val_at': [[row['step'], round(row['val_mean'], 4)] for row in evaluations],
+           'train_mean': fmean(map(fmean, seen.values())),      # as val_mean, but of windows of the training text
+           'train_at': [[end['step'], round(fmean(row['loss'] for row in log
+                                                  if begin['step'] <= row['step'] < end['step']), 4)]
+                        for begin, end in pairwise(evaluations)],       # with dropout, as it reads the text
            'balance': balance, 'parameters': total, 'active': active, 'machine': machine(device),
            'seconds': round(cfg.max_steps * fmean(row['seconds'] for row in log if 'seconds' in row), 1)}
     if look:
-        meta, data = load_data(cfg.data_dir, cfg.block_size)
         row |= {'share': {layer: {domain: np.round(shares, 4).tolist() for domain, shares in of.items()}
                           for layer, of in last['share'].items()},
                 'entropy': entropy.noted if entropy.calls == calls else [],     # none of a run that was cut

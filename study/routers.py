@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector
 
 from model import GPT, MLP, GPTConfig, MoE, Routing, count_pairs
 from scale.hashed import (BalancedHash, Bigram, Hash, Sliced, SlicedBalanced4, SlicedNGram,   # noqa: F401
-                          Trigram)
+                          Trigram, cut)
 
 
 def build(config: GPTConfig, mixture: type[MoE]) -> GPT:
@@ -221,3 +221,23 @@ class SlicedNGram1212(Sliced):
 
 class SlicedNGram2222(Sliced):
     kinds = (Bigram,) * 4
+
+
+class Half1223(Sliced):
+    """Half of the hidden units stay one MLP for all tokens, as the shared expert of DeepSeekMoE (arXiv 2401.06066,
+    section 3.2). The other half are slices. The arithmetic stays the dense model's."""
+    kinds = Hash, Bigram, Bigram, Trigram
+
+    def __init__(self, config: GPTConfig, hidden: int | None = None):
+        half = (hidden or 4 * config.n_embd) // 2
+        super().__init__(config, half)
+        self.shared = MLP(config, half)
+
+    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
+        y, routing = super().forward(x, ids, noise)
+        return self.shared(x) + y, routing
+
+    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
+        shared, other = cut(mlp, 2)
+        self.shared.load_state_dict(shared.state_dict())
+        super().upcycle(other, expert_noise, frequency)

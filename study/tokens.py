@@ -36,26 +36,32 @@ def main(cfg: Config) -> dict:
     meta, data = load_data(cfg.source, 1)
     if meta['encoding'] != 'gpt2' or 'ids' in meta:
         die(f"{cfg.source} does not have GPT-2's ids; name data that prepare.py wrote with --encoding=gpt2")
-    if Path(cfg.out).resolve() == Path(cfg.source).resolve():
-        die(f'{cfg.out} cannot be both what is read and what is written; name another --out')
     counts = sum(np.bincount(tokens, minlength=meta['vocab_size']) for tokens in data['train'].values())
     ids = np.argsort(-counts, kind='stable')[:cfg.vocab_size]
     new = np.full(meta['vocab_size'], cfg.vocab_size - 1, np.uint16)
     new[ids] = np.arange(cfg.vocab_size)
+    data = {side: {domain: new[tokens] for domain, tokens in domains.items()} for side, domains in data.items()}
     meta |= {'vocab_size': cfg.vocab_size, 'ids': ids.tolist()}
+    write_folder(cfg.source, cfg.out, meta, data)
+    for domain, tokens in data['train'].items():
+        print(f'{domain}: {(tokens == cfg.vocab_size - 1).mean():.1%} of its tokens share the last id')
+    return meta
+
+
+def write_folder(source: str, out: str, meta: dict, data: dict[str, dict[str, np.ndarray]]) -> None:
+    """Writes what was made of a folder's data to another, as prepare.py does."""
+    if Path(out).resolve() == Path(source).resolve():
+        die(f'{out} cannot be both what is read and what is written; name another --out')
     for side, domains in data.items():
         for domain, tokens in domains.items():
-            tokens = new[tokens]
-            meta['domains'][domain][side]['sha256'] = hashlib.sha256(tokens).hexdigest()
+            meta['domains'][domain][side] = {'tokens': len(tokens), 'sha256': hashlib.sha256(tokens).hexdigest()}
             try:
-                write(Path(cfg.out, f'{domain}_{side}.bin'), tokens.tobytes())
+                write(Path(out, f'{domain}_{side}.bin'), tokens.tobytes())
             except OSError as error:
-                die(f'{cfg.out}: cannot be written ({error}); name another folder with --out=')
-            print(f'{domain}_{side}: {len(tokens):,} tokens, {(tokens == cfg.vocab_size - 1).mean():.1%} '
-                  'of them share the last id')
-    write(Path(cfg.out, 'meta.json'), json.dumps(meta, indent=1).encode())  # last, it vouches for the others
-    print(f'wrote {cfg.out}: {cfg.vocab_size} token ids')
-    return meta
+                die(f'{out}: cannot be written ({error}); name another folder with --out=')
+            print(f'{domain}_{side}: {len(tokens):,} tokens')
+    write(Path(out, 'meta.json'), json.dumps(meta, indent=1).encode())      # last, it vouches for the others
+    print('wrote', out)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ import train
 from conftest import After, assert_same, load, log, refused
 from model import GPT, GPTConfig
 from prepare import load_data
-from study import tokens
+from study import less, tokens
 from study.controls import NGramEmbedding, ngram_model, sequences_read
 from study.routers import SlicedNGram, build
 
@@ -146,6 +146,20 @@ def gpt2_data(tmp_path) -> Path:
             sides[side] = {'tokens': size, 'sha256': hashlib.sha256(ids).hexdigest()}
     (folder / 'meta.json').write_text(json.dumps(meta))
     return folder
+
+
+def test_less_keeps_every_so_many_stretches_of_the_training_text_alone(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(less, 'STRETCH', 5)
+    before = load_data(data, 16)[1]
+    less.main(less.Config(data, out := str(tmp_path / 'less'), part=3))
+    meta, after = load_data(out, 16)
+    for domain, whole in before['train'].items():
+        kept = [token for start in range(0, len(whole), 15) for token in whole[start:start + 5].tolist()]
+        assert after['train'][domain].tolist() == kept and meta['domains'][domain]['train']['tokens'] == len(kept)
+        assert np.array_equal(after['val'][domain], before['val'][domain])
+    refused('cannot be both', capsys, less.main, less.Config(data, data))
+    with pytest.raises(ValueError, match='part must be at least 1, not 0'):
+        less.Config(part=0)
 
 
 def test_tokens_keeps_the_most_frequent_ids_of_the_training_text_and_trains(gpt2_data, cfg, capsys):

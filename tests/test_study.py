@@ -7,6 +7,7 @@ import re
 import threading
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import train
 from config import configure
 from conftest import ROOT, After, refused
 from model import Routing
-from prepare import get_encoding
+from prepare import get_encoding, load_data
 from study import draw, experiment, learned
 from study.learned import Entropy, mutual_information, token_kinds
 from study.rows import (TIME_KEY, add_row, best_rate, comparisons, next_rate, read_rows, results, students_t, tables,
@@ -170,6 +171,20 @@ def test_an_experiment_brackets_rates_runs_seeds_and_its_rows_can_be_made_again(
     monkeypatch.setattr(train, 'train', None)                           # nothing is left to run
     experiment.main(small, [])
     assert read_rows('r.json') == rows
+
+
+def test_a_row_tells_what_the_model_makes_of_its_training_text(small):
+    study = experiment.Study(small, [])
+    base = replace(study.base, init_from=study.parent(0), out_dir='run')
+    found = experiment.run(study.arms['top1'], base, False, [])
+    model, data = runs.load_model('run')[0].eval(), load_data(base.data_dir, 16)[1]
+    losses = {side: [fmean(model(*train.windows([(tokens, start)], base, 'cpu'))[1].item()
+                           for start in train.window_starts(tokens, base)) for tokens in domains.values()]
+              for side, domains in data.items()}
+    assert found['train_mean'] == pytest.approx(fmean(losses['train']), abs=1e-4) != fmean(losses['val'])
+    assert found['val_mean'] == pytest.approx(fmean(losses['val']), abs=1e-4)
+    logged = [row['loss'] for row in runs.read_log('run') if 'loss' in row]         # of steps 0 and 2, as evaluations
+    assert found['train_at'] == [[2, round(logged[0], 4)], [4, round(logged[1], 4)]]
 
 
 def test_an_arms_rates_begin_at_its_twins_best(small, monkeypatch):
