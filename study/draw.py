@@ -1,4 +1,4 @@
-"""Pictures of one comparison's rows: assets/<scale>_arms.svg, _lead, _clock, _experts and _balance.
+"""Pictures of one comparison's rows: assets/<scale>_arms.svg, _lead, _clock, _text, _experts and _balance.
 
     python -m study.draw                                    the tiny scale
     python -m study.draw --scale=gpt2 --steps=10000         GPT-2's shape, the long runs
@@ -38,10 +38,10 @@ GREY = ['text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick
 @dataclass(frozen=True)
 class Config:
     scale: str = 'tiny'         # tiny, tokens, gpt2 or gpt2_domains
-    steps: int = 0              # the comparison's; 0 is the one with the most arms
     parent: str = 'own'         # own, longer, gpt2 ...
-    data: str = ''              # as rows say it; needed if there are several
-    tokens: int = 0             # of a step; needed if there are several
+    steps: int = 0              # of these three '' and 0 leave it to the comparison with the most arms
+    data: str = ''              # as rows say it
+    tokens: int = 0             # of a step
     lines: str = ''             # arms drawn as lines; '' is top1, top2 and the four best
     experts: str = 'top1,top2'  # arms whose experts' shares are drawn
     results: str = COMMITTED    # where the rows are
@@ -50,16 +50,12 @@ class Config:
 
 
 def choose(cfg: Config, rows: list[dict]) -> dict:
-    """What the rows of one comparison share. Dies if there is none, or if cfg leaves open which."""
+    """What the rows of one comparison share. Dies if there is none."""
     asked = {key: getattr(cfg, key) for key in ('scale', 'steps', 'parent', 'data', 'tokens') if getattr(cfg, key)}
     found = pick(comparisons(rows), **asked)
     if not found:
         die(f'{cfg.results} holds no rows of {asked}; python -m study.experiment makes them')
-    found.sort(key=lambda of: len({row['arm'] for row in pick(rows, **of)}))
-    for key in ('data', 'tokens'):
-        if len(values := {str(of[key]) for of in found}) > 1:
-            die(f'{cfg.results} holds several comparisons; name one with --{key}: {", ".join(sorted(values))}')
-    return found[-1]
+    return max(found, key=lambda of: len({row['arm'] for row in pick(rows, **of)}))
 
 
 def label_ends(axis: 'plt.Axes', ends: list[tuple[float, float, str, str]]) -> None:
@@ -149,6 +145,24 @@ def draw_clock(found: dict[str, Result], clocked: dict[str, Result], times: list
     return figure
 
 
+def draw_text(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
+    """The loss on text that a run has not read (solid) and, with dropout, on what it reads (dashed), of each
+    arm's first seed that has both."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout='constrained')
+    ends = []
+    for name, colour in (lines(found, cfg) | {'twin': 'grey'}).items():
+        for row in [row for row in found[name].rows if 'train_at' in row][:1]:
+            for of, dash, what in (('val_at', '-', 'validation'), ('train_at', '--', 'training')):
+                steps, losses = zip(*row[of])
+                axis.plot(steps, losses, dash, color=colour)
+                ends.append((steps[-1], losses[-1], f'{name}, {what}', colour))
+    if len(ends) < 4:                           # the twin alone says nothing
+        return None
+    axis.set(xlabel='step', ylabel='loss')
+    label_ends(axis, ends)
+    return figure
+
+
 def draw_experts(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
     """Each expert's share of each domain's choices, of the first seed. White is an even share."""
     shares = {name: found[name].rows[0]['share'] for name in cfg.experts.split(',')
@@ -227,14 +241,15 @@ def draw(cfg: Config, folder: str = '') -> None:
         return save(draw_run(folder), os.path.join(folder, 'run.svg'))
     rows = read_rows(cfg.results)
     of = choose(cfg, rows)
+    print('draws', ', '.join(f'{key}={value}' for key, value in of.items()))
     found, _ = results(rows, rows, of)
     times = pick(read_rows(cfg.times, TIME_KEY), scale=of['scale'], tokens=of['tokens'])
     if 'twin' not in found:
         die(f'pictures show arms beside their twin; python -m study.experiment --scale={cfg.scale} --arms=twin runs it')
     clocked, _ = by_clock(rows, rows, times, of, found)
     figures = {'arms': draw_arms(found, cfg), 'lead': draw_lead(found, cfg),
-               'clock': draw_clock(found, clocked, times, cfg), 'experts': draw_experts(found, cfg),
-               'balance': draw_balance(found, cfg)}
+               'clock': draw_clock(found, clocked, times, cfg), 'text': draw_text(found, cfg),
+               'experts': draw_experts(found, cfg), 'balance': draw_balance(found, cfg)}
     for name, figure in figures.items():
         path = os.path.join(cfg.folder, f'{cfg.scale}_{name}.svg')
         if figure is None:
@@ -250,6 +265,7 @@ def save(figure: 'plt.Figure', path: str) -> None:
         figure.savefig(path, metadata={'Date': None})
     except OSError as error:
         die(f'{path} cannot be written ({error}); name another --folder')
+    plt.close(figure)
     print(f'drew {path}')
 
 

@@ -199,9 +199,9 @@ class Study:
         of = self.of | {'steps': SHORT.get(self.cfg.scale, steps)}
         twins_best = best_rate(tried(self.known(), of, 'twin'))[0] if name != 'twin' else None
         begin = twins_best or self.base.learning_rate
-        while rate := next_rate(losses := tried(self.known(), of, name), begin):
+        while rate := next_rate(tried(self.known(), of, name), begin):
             self.ensure(name, of['steps'], rate, 0)
-        return best_rate(losses)[0]
+        return best_rate(tried(self.known(), self.of | {'steps': steps}, name))[0]
 
     def ensure(self, name: str, steps: int, lr: float, seed: int, sha: str = '') -> None:
         """Runs an arm unless its row is there (with sha: a row from the parent of that checksum)."""

@@ -62,10 +62,11 @@ def pick(rows: list[dict], **what) -> list[dict]:
 
 
 def comparisons(rows: list[dict]) -> list[dict]:
-    """What the rows of each table share. A twin by the clock makes none of its own."""
+    """What the rows of each table share, the text of most rows first. A twin by the clock makes none of its own."""
     found = {itemgetter(*COMPARISON)(row) for row in rows if not row['clock']}
+    of_text = Counter(row['data'] for row in rows)
     return [dict(zip(COMPARISON, values)) for values in
-            sorted(found, key=lambda of: (of[0] != 'tiny', of[0], of[2] == 'longer', of))]
+            sorted(found, key=lambda of: (of[0] != 'tiny', of[0], -of_text[of[1]], of[2] == 'longer', of))]
 
 
 # Learning rates: brackets are of seed 0
@@ -73,11 +74,12 @@ def comparisons(rows: list[dict]) -> list[dict]:
 def tried(rows: list[dict], of: dict, arm: str) -> dict[float, float]:
     """{learning rate: validation loss} of an arm's runs with seed 0 in a comparison.
 
-    Of a scale in SHORT: in the runs of so many steps, if there are any. Where a rate was run from several parents,
-    that from which most rates were run counts.
+    Of a scale in SHORT: in the runs of so many steps, unless several rates were run for as many as are compared.
+    Where a rate was run from several parents, that from which most rates were run counts.
     """
-    short = of | {'steps': SHORT.get(of['scale'], of['steps'])}
-    here = pick(rows, arm=arm, seed=0, **short) or pick(rows, arm=arm, seed=0, **of)
+    own = pick(rows, arm=arm, seed=0, **of)
+    short = pick(rows, arm=arm, seed=0, **of | {'steps': SHORT.get(of['scale'], of['steps'])})
+    here = own if len({row['lr'] for row in own}) > 1 else short or own
     rates = Counter(row['sha256'] for row in here)
     return {row['lr']: row['val_mean'] for row in sorted(here, key=lambda row: (rates[row['sha256']], row['sha256']))}
 
@@ -214,9 +216,11 @@ def rates_cell(losses: dict[float, float], result: Result) -> str:
 
 
 def loss_cell(rows: list[dict]) -> str:
-    """The mean over seeds, then each domain's."""
-    domains = [f'{name} {fmean(row["val"][name] for row in rows):.3f}' for name in rows[0]['val']]
-    return f'**{fmean(row["val_mean"] for row in rows):.4f}** ({", ".join(domains)}; runs: {len(rows)})'
+    """The mean over seeds, each domain's, and that of the training text, of the runs that measured it."""
+    said = ', '.join(f'{name} {fmean(row["val"][name] for row in rows):.3f}' for name in rows[0]['val'])
+    if seen := [row['train_mean'] for row in rows if 'train_mean' in row]:
+        said += f'; training text {fmean(seen):.3f}'
+    return f'**{fmean(row["val_mean"] for row in rows):.4f}** ({said}; runs: {len(rows)})'
 
 
 def cost_cell(name: str, row: dict, times: list[dict]) -> str:
@@ -256,7 +260,7 @@ def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
         parts += ['**{scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}, data {data}:** '.format(**of) +
                   f'{len(every)} runs, {hours:.1f} hours of steps; ' +
                   '; '.join(sorted({row['machine'] for row in every})) + f'. Intervals: {rest_on}.' +
-                  f' Rates are those of {short:,} steps.' * (short != of['steps'])]
+                  f' Rates are those of {short:,} steps, unless there are several.' * (short != of['steps'])]
         parts.append(markdown(
             ['arm', 'rate: loss, seed 0', 'loss at the best rate', 'to the twin; per seed',
              'M parameters: active of all; a step, x twin'],
@@ -295,6 +299,6 @@ def not_run(rows: list[dict], known: list[dict]) -> list[str]:
         found, _ = results(rows, known, of)
         few = [f'{name} ({len(r.rows)})' for name, r in found.items() if len(r.rows) < 3]
         if few:
-            lines.append('Fewer than three seeds, {scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}: '
-                         .format(**of) + ', '.join(few) + '.')
+            lines.append('Fewer than three seeds, {scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}, '
+                         'data {data}: '.format(**of) + ', '.join(few) + '.')
     return lines

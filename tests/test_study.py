@@ -58,12 +58,16 @@ def test_intervals_rest_on_the_spread_pooled_over_the_arms_and_pair_what_shares_
     rows += [row('c', 0, 1.5), row('d', 0, 1.0, sha256='q'), row('a', 3, 1.0)]          # d's parent is another
     found, _ = results(rows, rows, comparisons(rows)[0])
     assert list(found) == ['twin', 'c', 'a', 'b', 'd']                                  # the best first
+    less = [each | {'data': 'c'} for each in rows[:3]]
+    assert [of['data'] for of in comparisons(less + rows)] == ['d', 'c']                # the text of most rows first
     assert found['a'].differences == pytest.approx([-0.10, -0.09, -0.11]) and found['d'].differences == []
     # by hand: squares 2 x 0.01^2 and 2 x 0.01^2, df = 2 + 1, s = sqrt(4e-4 / 3), t(3) = 3.182
     s = math.sqrt(4e-4 / 3)
     for name, n in (('a', 3), ('b', 2), ('c', 1)):
         assert found[name].half == pytest.approx(3.182 * s / math.sqrt(n), rel=1e-3)
+    rows[3]['train_mean'], rows[5]['train_mean'] = 1.5, 1.6                             # an older row has none
     lines = {line.split(' | ')[0][2:]: line for line in tables(rows, rows, []).splitlines()[::-1]}
+    assert '**1.7500** (a 1.750; training text 1.550; runs: 4)' in lines['a'] and 'training' not in lines['b']
     assert 'not resolved: +0.0200 ± 0.0260' in lines['b'] and '-0.1000 -0.0900 -0.1100' in lines['a']
     assert '**-0.1000 ± 0.0212** (-4.8%)' in lines['a'] and 'no twin has its parent and seed' in lines['d']
     assert 'not bracketed' in lines['a']
@@ -93,7 +97,10 @@ def test_a_best_rate_is_read_from_seed_0_and_of_gpt2_from_its_short_runs():
         assert tried(every, of, 'a') == {0.5: 2.3, 1.0: 2.1, 2.0: 2.0, 4.0: 2.2}
     gpt2 = [each | {'scale': 'gpt2', 'steps': 2000} for each in rows[:3]]
     gpt2.append(gpt2[2] | {'steps': 10_000, 'val_mean': 0.5})           # a long run, at another rate
-    assert best_rate(tried(gpt2, comparisons(gpt2)[0] | {'steps': 10_000}, 'a')) == (2.0, True)
+    long = comparisons(gpt2)[0] | {'steps': 10_000}
+    assert best_rate(tried(gpt2, long, 'a')) == (2.0, True)
+    gpt2.append(gpt2[-1] | {'lr': 1.0, 'val_mean': 0.4})                # two: now they tell
+    assert best_rate(tried(gpt2, long, 'a')) == (1.0, False)
 
 
 def test_entropy_is_noted_in_bits_per_layer_and_of_slices_is_their_mean():
@@ -324,7 +331,8 @@ def test_without_matplotlib_pictures_are_refused_in_one_line(capsys, monkeypatch
 def test_pictures_are_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
     pytest.importorskip('matplotlib')
     monkeypatch.chdir(tmp_path)
-    chosen = {'share': {'1': {'a': [0.6, 0.4]}}, 'balance': [[0, 1.0, 0.2], [250, 1.1, 0.3]]}
+    chosen = {'share': {'1': {'a': [0.6, 0.4]}}, 'balance': [[0, 1.0, 0.2], [250, 1.1, 0.3]],
+              'train_at': [[250, 2.0], [500, 1.0]]}
     rows = [row(arm, seed, 2.0 - at / 10, **chosen) for at, arm in enumerate(('twin', 'no_balance', 'top1', 'top1_all'))
             for seed in (0, 1)]
     time = {'scale': 'tiny', 'tokens': 64, 'arm': 'top1', 'ms': 3.0, 'twin_ms': 2.0, 'machine': 'm'}
@@ -333,14 +341,17 @@ def test_pictures_are_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
     Path('t.json').write_text(json.dumps([time]))
     cfg = draw.Config(results='r.json', times='t.json')
     draw.draw(cfg)
-    names = ('arms', 'lead', 'clock', 'experts', 'balance')
+    names = ('arms', 'lead', 'clock', 'text', 'experts', 'balance')
     first = [Path(f'assets/tiny_{name}.svg').read_bytes() for name in names]
     assert all(picture.startswith(b'<?xml') for picture in first)
     draw.draw(cfg)
     assert first == [Path(f'assets/tiny_{name}.svg').read_bytes() for name in names]   # to the last byte
     refused("holds no rows of {'scale': 'gpt2'", capsys, draw.draw, replace(cfg, scale='gpt2'))
     Path('r.json').write_text(json.dumps([*rows, rows[0] | {'data': 'e'}]))
-    refused('name one with --data: d, e', capsys, draw.draw, cfg)
+    draw.draw(cfg)
+    assert 'data=d' in capsys.readouterr().out              # it has more arms
+    draw.draw(replace(cfg, data='e'))
+    assert 'data=e' in capsys.readouterr().out
 
 
 def test_a_users_own_run_is_drawn_from_its_log(cfg, capsys):
