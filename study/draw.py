@@ -147,17 +147,22 @@ def draw_clock(found: dict[str, Result], clocked: dict[str, Result], times: list
 
 def draw_text(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
     """The loss on text that a run has not read (solid) and, with dropout, on what it reads (dashed), of each
-    arm's first seed that has both."""
+    arm's first run that has both, and of its twin."""
+    twins = {(row['seed'], row['sha256']): row for row in found['twin'].rows if 'train_at' in row}
+    curves = {}
+    for name, colour in lines(found, cfg).items():
+        for row in [row for row in found[name].rows if 'train_at' in row][:1]:
+            if twin := twins.get((row['seed'], row['sha256'])):
+                curves |= {f'twin, seed {twin["seed"]}': (twin, 'grey'), name: (row, colour)}
+    if not curves:
+        return None
     figure, axis = plt.subplots(figsize=(7, 3.8), layout='constrained')
     ends = []
-    for name, colour in (lines(found, cfg) | {'twin': 'grey'}).items():
-        for row in [row for row in found[name].rows if 'train_at' in row][:1]:
-            for of, dash, what in (('val_at', '-', 'validation'), ('train_at', '--', 'training')):
-                steps, losses = zip(*row[of])
-                axis.plot(steps, losses, dash, color=colour)
-                ends.append((steps[-1], losses[-1], f'{name}, {what}', colour))
-    if len(ends) < 4:                           # the twin alone says nothing
-        return None
+    for name, (row, colour) in curves.items():
+        for of, dash, what in (('val_at', '-', 'validation'), ('train_at', '--', 'training')):
+            steps, losses = zip(*row[of])
+            axis.plot(steps, losses, dash, color=colour)
+            ends.append((steps[-1], losses[-1], f'{name}, {what}', colour))
     axis.set(xlabel='step', ylabel='loss')
     label_ends(axis, ends)
     return figure

@@ -228,9 +228,10 @@ class Study:
         another machine trained, it runs again from this one: only so can they be compared."""
         partner = 'twin' if name != 'twin' else self.cfg.clock if steps == self.clock_steps else ''
         steps = steps if name != 'twin' else self.base.max_steps * self.cfg.steps
-        theirs = pick(read_rows(self.cfg.results), **self.of, steps=steps, arm=partner, seed=seed)
+        rate, _ = best_rate(tried(self.known(), self.of | {'steps': steps}, partner))
+        theirs = pick(read_rows(self.cfg.results), **self.of, steps=steps, arm=partner, lr=rate, seed=seed)
         if sha and theirs and not pick(theirs, sha256=sha):
-            self.ensure(partner, steps, self.settle(partner, steps), seed, sha)
+            self.ensure(partner, steps, rate, seed, sha)
 
     def origin(self, name: str, steps: int, lr: float, seed: int) -> dict:
         """What a row says of where it comes from."""
@@ -328,15 +329,17 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     for each in evaluations[:-1]:
         shares = [max(np.mean(list(of.values()), axis=0)) for of in each['share'].values()]
         balance += [[each['step'], round(each['balance'], 4), round(max(shares), 4)]] if shares else []
+    train_at = []                       # with dropout, as it reads the text: of the logged steps between evaluations
+    for begin, end in pairwise(evaluations):
+        losses = [line['loss'] for line in log if begin['step'] <= line['step'] < end['step']]
+        train_at.append([end['step'], round(fmean(losses), 4)])
     meta, data = load_data(cfg.data_dir, cfg.block_size)
-    seen, _ = train.evaluate(model, data['train'], cfg, device)
+    seen, _ = train.evaluate(model, data['train'], cfg, device, stop)
     total, active = model.count_parameters()
     row = {'sha256': saved['parent']['sha256'], 'val_mean': last['val_mean'], 'val': last['val'],
            'val_at': [[row['step'], round(row['val_mean'], 4)] for row in evaluations],
            'train_mean': fmean(map(fmean, seen.values())),      # as val_mean, but of windows of the training text
-           'train_at': [[end['step'], round(fmean(row['loss'] for row in log
-                                                  if begin['step'] <= row['step'] < end['step']), 4)]
-                        for begin, end in pairwise(evaluations)],       # with dropout, as it reads the text
+           'train_at': train_at,
            'balance': balance, 'parameters': total, 'active': active, 'machine': machine(device),
            'seconds': round(cfg.max_steps * fmean(row['seconds'] for row in log if 'seconds' in row), 1)}
     if look:

@@ -223,21 +223,16 @@ class SlicedNGram2222(Sliced):
     kinds = (Bigram,) * 4
 
 
-class Half1223(Sliced):
+class Half1223(SharedParent, Sliced):
     """Half of the hidden units stay one MLP for all tokens, as the shared expert of DeepSeekMoE (arXiv 2401.06066,
-    section 3.2). The other half are slices. The arithmetic stays the dense model's."""
+    section 3.2). The other half are slices, by the last one, two, two and three ids. The arithmetic stays the dense
+    model's."""
     kinds = Hash, Bigram, Bigram, Trigram
 
     def __init__(self, config: GPTConfig, hidden: int | None = None):
-        half = (hidden or 4 * config.n_embd) // 2
-        super().__init__(config, half)
-        self.shared = MLP(config, half)
-
-    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
-        y, routing = super().forward(x, ids, noise)
-        return self.shared(x) + y, routing
+        super().__init__(config, (hidden or 4 * config.n_embd) // 2)
 
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
         shared, other = cut(mlp, 2)
         self.shared.load_state_dict(shared.state_dict())
-        super().upcycle(other, expert_noise, frequency)
+        Sliced.upcycle(self, other, expert_noise, frequency)        # not at zero

@@ -219,7 +219,7 @@ def loss_cell(rows: list[dict]) -> str:
     """The mean over seeds, each domain's, and that of the training text, of the runs that measured it."""
     said = ', '.join(f'{name} {fmean(row["val"][name] for row in rows):.3f}' for name in rows[0]['val'])
     if seen := [row['train_mean'] for row in rows if 'train_mean' in row]:
-        said += f'; training text {fmean(seen):.3f}'
+        said += f'; training text {fmean(seen):.3f}' + f' of {len(seen)}' * (len(seen) < len(rows))
     return f'**{fmean(row["val_mean"] for row in rows):.4f}** ({said}; runs: {len(rows)})'
 
 
@@ -260,7 +260,8 @@ def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
         parts += ['**{scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}, data {data}:** '.format(**of) +
                   f'{len(every)} runs, {hours:.1f} hours of steps; ' +
                   '; '.join(sorted({row['machine'] for row in every})) + f'. Intervals: {rest_on}.' +
-                  f' Rates are those of {short:,} steps, unless there are several.' * (short != of['steps'])]
+                  f' Rates are those of {short:,} steps; of an arm with several at this length, those.' *
+                  (short != of['steps'])]
         parts.append(markdown(
             ['arm', 'rate: loss, seed 0', 'loss at the best rate', 'to the twin; per seed',
              'M parameters: active of all; a step, x twin'],
@@ -297,7 +298,8 @@ def not_run(rows: list[dict], known: list[dict]) -> list[str]:
     lines = []
     for of in comparisons(rows):
         found, _ = results(rows, known, of)
-        few = [f'{name} ({len(r.rows)})' for name, r in found.items() if len(r.rows) < 3]
+        seeds = {name: len({row['seed'] for row in r.rows}) for name, r in found.items()}
+        few = [f'{name} ({n})' for name, n in seeds.items() if n < 3]
         if few:
             lines.append('Fewer than three seeds, {scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}, '
                          'data {data}: '.format(**of) + ', '.join(few) + '.')

@@ -49,7 +49,7 @@ def main(cfg: Config) -> dict:
 
 
 def write_folder(source: str, out: str, meta: dict, data: dict[str, dict[str, np.ndarray]]) -> None:
-    """Writes what was made of a folder's data to another, as prepare.py does."""
+    """Writes what was made of a folder's data to another, as prepare.py does, and the sizes and hashes into meta."""
     if Path(out).resolve() == Path(source).resolve():
         die(f'{out} cannot be both what is read and what is written; name another --out')
     for side, domains in data.items():

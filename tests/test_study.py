@@ -67,10 +67,12 @@ def test_intervals_rest_on_the_spread_pooled_over_the_arms_and_pair_what_shares_
         assert found[name].half == pytest.approx(3.182 * s / math.sqrt(n), rel=1e-3)
     rows[3]['train_mean'], rows[5]['train_mean'] = 1.5, 1.6                             # an older row has none
     lines = {line.split(' | ')[0][2:]: line for line in tables(rows, rows, []).splitlines()[::-1]}
-    assert '**1.7500** (a 1.750; training text 1.550; runs: 4)' in lines['a'] and 'training' not in lines['b']
+    assert '**1.7500** (a 1.750; training text 1.550 of 2; runs: 4)' in lines['a'] and 'training' not in lines['b']
     assert 'not resolved: +0.0200 ± 0.0260' in lines['b'] and '-0.1000 -0.0900 -0.1100' in lines['a']
     assert '**-0.1000 ± 0.0212** (-4.8%)' in lines['a'] and 'no twin has its parent and seed' in lines['d']
     assert 'not bracketed' in lines['a']
+    rows += [row('e', 0, 3.0, sha256=parent) for parent in ('p', 'q', 'r')]             # three runs of one seed
+    assert {'e (1)', 'b (2)'} <= set(re.findall(r'\w \(\d\)', tables(rows, rows, []).split('Fewer than')[1]))
 
 
 @pytest.mark.parametrize('best, tries', [
@@ -244,11 +246,13 @@ def test_a_row_from_another_machines_parent_makes_the_twin_run_again_before_the_
     one = replace(small, seeds=(0,), rates='1')
     experiment.main(replace(one, arms='twin'), [])
     (twin,) = read_rows('r.json')
-    Path('r.json').write_text(json.dumps([twin | {'sha256': 'elsewhere', 'lr': lr, 'val_mean': loss}
-                                          for lr, loss in ((2e-3, 3.0), (4e-3, 2.0), (8e-3, 3.0))]))
+    elsewhere = [twin | {'sha256': 'elsewhere', 'lr': lr, 'val_mean': loss}
+                 for lr, loss in ((2e-3, 3.0), (4e-3, 2.0), (8e-3, 3.0))]
+    Path('r.json').write_text(json.dumps([*elsewhere, twin | {'lr': 2e-3}]))            # here too, but not at its best
     experiment.main(replace(one, arms='top1'), [])
     here = [row for row in read_rows('r.json') if row['sha256'] == twin['sha256']]
-    assert told(here) == [('top1', 4, 4e-3, 0), ('twin', 4, 4e-3, 0)] and len(read_rows('r.json')) == 5
+    assert told(here) == [('top1', 4, 4e-3, 0), ('twin', 4, 2e-3, 0), ('twin', 4, 4e-3, 0)]
+    assert len(read_rows('r.json')) == 6
 
 
 def test_programs_side_by_side_wait_for_the_parent_that_one_of_them_trains(small):
@@ -352,6 +356,9 @@ def test_pictures_are_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
     assert 'data=d' in capsys.readouterr().out              # it has more arms
     draw.draw(replace(cfg, data='e'))
     assert 'data=e' in capsys.readouterr().out
+    Path('r.json').write_text(json.dumps([each | {'seed': 9 - 9 * (each['arm'] == 'twin')} for each in rows]))
+    draw.draw(cfg)
+    assert 'tiny_text.svg is left out' in capsys.readouterr().out                       # no twin has their seed
 
 
 def test_a_users_own_run_is_drawn_from_its_log(cfg, capsys):
