@@ -1,4 +1,5 @@
-"""Pictures of one comparison's rows: assets/<scale>_arms.svg, _lead, _clock, _text, _experts and _balance.
+"""Pictures of one comparison's rows: assets/<scale>_arms.svg, _lead, _clock, _text, _experts and _balance. With
+--steps=10000 they are <scale>_10000_arms.svg and so on.
 
     python -m study.draw                                    the tiny scale
     python -m study.draw --scale=gpt2 --steps=10000         GPT-2's shape, the long runs
@@ -39,7 +40,7 @@ GREY = ['text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick
 class Config:
     scale: str = 'tiny'         # tiny, tokens, gpt2 or gpt2_domains
     parent: str = 'own'         # own, longer, gpt2 ...
-    steps: int = 0              # of these three '' and 0 leave it to the comparison with the most arms
+    steps: int = 0              # the comparison's; 0 is that with the most arms, as are '' and 0 of the next two
     data: str = ''              # as rows say it
     tokens: int = 0             # of a step
     lines: str = ''             # arms drawn as lines; '' is top1, top2 and the four best
@@ -151,9 +152,10 @@ def draw_text(found: dict[str, Result], cfg: Config) -> 'plt.Figure | None':
     twins = {(row['seed'], row['sha256']): row for row in found['twin'].rows if 'train_at' in row}
     curves = {}
     for name, colour in lines(found, cfg).items():
-        for row in [row for row in found[name].rows if 'train_at' in row][:1]:
-            if twin := twins.get((row['seed'], row['sha256'])):
-                curves |= {f'twin, seed {twin["seed"]}': (twin, 'grey'), name: (row, colour)}
+        both = (row for row in found[name].rows if 'train_at' in row and (row['seed'], row['sha256']) in twins)
+        if row := next(both, None):
+            twin = twins[row['seed'], row['sha256']]
+            curves |= {f'twin, seed {twin["seed"]}': (twin, 'grey'), name: (row, colour)}
     if not curves:
         return None
     figure, axis = plt.subplots(figsize=(7, 3.8), layout='constrained')
@@ -256,7 +258,7 @@ def draw(cfg: Config, folder: str = '') -> None:
                'clock': draw_clock(found, clocked, times, cfg), 'text': draw_text(found, cfg),
                'experts': draw_experts(found, cfg), 'balance': draw_balance(found, cfg)}
     for name, figure in figures.items():
-        path = os.path.join(cfg.folder, f'{cfg.scale}_{name}.svg')
+        path = os.path.join(cfg.folder, f'{cfg.scale}{f"_{cfg.steps}" if cfg.steps else ""}_{name}.svg')
         if figure is None:
             print(f'{path} is left out: its rows are not there')
         else:

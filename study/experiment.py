@@ -322,7 +322,8 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     if any(getattr(cfg, key) != value for key, value in saved['split'].items()):
         die(f'{cfg.out_dir} ran out of memory and split its batch, which makes it another arm; '
             'use a larger GPU')
-    model = runs.restore(saved, ckpt, arm.build).to(device)
+    model = runs.restore(saved, ckpt, arm.build)
+    runs.set_up_model(model, cfg, device)
     log = runs.read_log(cfg.out_dir)
     evaluations = [row for row in log if 'val' in row]
     balance = []                        # with the busiest expert's share of the tokens in the fullest layer

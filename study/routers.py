@@ -235,4 +235,4 @@ class Half1223(SharedParent, Sliced):
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
         shared, other = cut(mlp, 2)
         self.shared.load_state_dict(shared.state_dict())
-        Sliced.upcycle(self, other, expert_noise, frequency)        # not at zero
+        Sliced.upcycle(self, other, expert_noise, frequency)    # SharedParent's would begin the experts at zero

@@ -52,15 +52,15 @@ def write_folder(source: str, out: str, meta: dict, data: dict[str, dict[str, np
     """Writes what was made of a folder's data to another, as prepare.py does, and the sizes and hashes into meta."""
     if Path(out).resolve() == Path(source).resolve():
         die(f'{out} cannot be both what is read and what is written; name another --out')
-    for side, domains in data.items():
-        for domain, tokens in domains.items():
-            meta['domains'][domain][side] = {'tokens': len(tokens), 'sha256': hashlib.sha256(tokens).hexdigest()}
-            try:
+    try:
+        for side, domains in data.items():
+            for domain, tokens in domains.items():
+                meta['domains'][domain][side] = {'tokens': len(tokens), 'sha256': hashlib.sha256(tokens).hexdigest()}
                 write(Path(out, f'{domain}_{side}.bin'), tokens.tobytes())
-            except OSError as error:
-                die(f'{out}: cannot be written ({error}); name another folder with --out=')
-            print(f'{domain}_{side}: {len(tokens):,} tokens')
-    write(Path(out, 'meta.json'), json.dumps(meta, indent=1).encode())      # last, it vouches for the others
+                print(f'{domain}_{side}: {len(tokens):,} tokens')
+        write(Path(out, 'meta.json'), json.dumps(meta, indent=1).encode())      # last, it vouches for the others
+    except OSError as error:
+        die(f'{out}: cannot be written ({error}); name another folder with --out=')
     print('wrote', out)
 
 
