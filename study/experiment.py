@@ -72,12 +72,14 @@ SCALES = {
     'tiny': Scale('tiny', ['config/tiny_dense.py', *TINY], TINY_ARMS),
     'tokens': Scale('tokens', ['config/tiny_dense.py', *TINY, *TOKENS], [*TINY_ARMS, *TOKENS]),
     'gpt2': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/large_rest']),
-    'gpt2_domains': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/corpus'])}
+    'gpt2_domains': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/corpus']),
+    # one domain, so three times the windows of it
+    'gpt2_code': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/packages', '--eval_windows=288'])}
 
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # tiny, tokens (CPU), gpt2, gpt2_domains (GPU)
+    scale: str = 'tiny'         # tiny, tokens (CPU), gpt2, gpt2_domains, gpt2_code (GPU)
     arms: str = ''              # which, by comma; all is every one; '' is the core once more
     seeds: tuple[int, ...] = (0, 1, 2)      # of each arm and its parent
     rates: str = ''             # learning rates by comma, times the scale's own; '' is the best, bracketed first

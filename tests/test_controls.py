@@ -1,8 +1,9 @@
-"""The controls of the study: n-grams without a mixture, and GPT-2's tokens cut to the most frequent."""
+"""The controls of the study: n-grams without a mixture, and texts: the most frequent tokens, less, and more."""
 
 import hashlib
 import json
 import math
+import zipfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ import runs
 import train
 from conftest import After, assert_same, load, log, refused
 from model import GPT, GPTConfig
-from prepare import load_data
-from study import less, tokens
+from prepare import get_encoding, load_data
+from study import less, packages, tokens
 from study.controls import NGramEmbedding, ngram_model, sequences_read
 from study.routers import SlicedNGram, build
 
@@ -179,3 +180,42 @@ def test_tokens_keeps_the_most_frequent_ids_of_the_training_text_and_trains(gpt2
     refused("does not have GPT-2's ids", capsys, tokens.main, tokens.Config(str(out), str(out) + '2', 20))
     refused("does not have GPT-2's ids", capsys, tokens.main, tokens.Config(cfg.data_dir, str(out), 20))
     refused('cannot be both', capsys, tokens.main, tokens.Config(str(gpt2_data), str(gpt2_data), 20))
+
+
+def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_path, capsys, monkeypatch):
+    def words(name: str, n: int = 40) -> str:           # no two texts share a word
+        return ' '.join(f'{name}_{chr(97 + i // 26)}{chr(97 + i % 26)}' for i in range(n)) + '\n'
+
+    shared = words('vendored')
+    wheels = {                                          # file: what stands in it, and whether that is kept
+        'A-1-py3-none-any.whl': {'a/a.py': (words('a'), True), 'a/tests/b.py': (words('b'), False),
+                                 'a/_vendor/c.py': (words('c'), False), 'a/test_d.py': (words('d'), False),
+                                 'a/e.txt': (words('e'), False), 'a/short.py': ('x = 1\n', False),
+                                 'a/long.py': ('y' * 1001 + words('f'), False), 'a/shared.py': (shared, True)},
+        'b-1-py3-none-any.whl': {                       # held out: the second of two
+            'b/a.py': (words('g'), True),
+            'b/mostly.py': (shared + words('h', 4), False), 'b/hardly.py': (words('vendored', 14) + words('i'), True)},
+        'c-1-py3-none-any.whl': {'c/digits.py': ('1234567 ' * 50, False), 'c/a.py': (words('j'), True),
+                                 'c/again.py': (words('a').replace(' ', '\n'), False),
+                                 'c/latin.py': (words('k').encode() + b'\xe9', False)}}
+    for wheel, files in wheels.items():
+        with zipfile.ZipFile(tmp_path / wheel, 'w') as file:
+            for name, (text, _) in files.items():
+                file.writestr(name, text)
+    monkeypatch.setattr(packages, 'get_encoding', lambda name: get_encoding('bytes'))
+    packages.main(packages.Config(str(tmp_path), out := str(tmp_path / 'out'), held_out=2))
+    _, data = load_data(out, 16)
+    for side, names in (('train', 'ac'), ('val', 'b')):
+        expected = sorted(text.encode() for wheel, files in wheels.items() if wheel[0].lower() in names
+                          for text, kept in files.values() if kept)
+        assert sorted(data[side]['code'].astype(np.uint8).tobytes().split(b'\0')[:-1]) == expected
+    monkeypatch.setattr(packages, 'MOST', {'train': len(words('a')) + 10, 'val': 10**6})
+    assert len(packages.split(sorted(tmp_path.glob('*.whl')), 2)['train']) == 2         # one file of each package
+    refused('holds 3 *.whl, fewer than held_out=4', capsys, packages.main,
+            packages.Config(str(tmp_path), out, held_out=4))
+    zipfile.ZipFile(tmp_path / 'b-1-py3-none-any.whl', 'w').close()
+    refused('nothing is left to hold out', capsys, packages.main, packages.Config(str(tmp_path), out, held_out=2))
+    (tmp_path / 'b-1-py3-none-any.whl').write_bytes(b'PK')
+    refused('is no whole wheel', capsys, packages.main, packages.Config(str(tmp_path), out, held_out=2))
+    with pytest.raises(ValueError, match='held_out must be at least 2, not 1'):
+        packages.Config(held_out=1)

@@ -1,0 +1,102 @@
+"""More text than 10,000 steps read: the code of 131 packages, their versions pinned, each sixteenth held out whole.
+
+    pip download --no-deps --only-binary=:all: --dest=data/wheels --requirement=study/packages.txt
+    python -m study.packages                                    writes data/packages, in GPT-2's encoding
+    python -m study.experiment --scale=gpt2_code --arms=twin,half1223_all
+
+No package is among those of data/large_parent, which the arms' parent has read. Left out: tests, vendored and
+generated files, what is no UTF-8, files that came before; and of what is held out each file of which more than a
+fifth of the runs of 13 words stand in the training text too.
+"""
+
+import hashlib
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from config import configure, die
+from prepare import get_encoding, write, write_tokens
+
+SKIP = re.compile(r'(^|/)(tests?|testing|_?vendor\w*|third_party|site-packages)/|(^|/)(test_|conftest)|_test\.py|_pb2')
+MOST = {'train': 8_000_000, 'val': 500_000}     # characters of a package, so that none is most of the text
+RUN = 13                # words
+
+
+@dataclass(frozen=True)
+class Config:
+    wheels: str = 'data/wheels'     # folder of *.whl, a package each
+    out: str = 'data/packages'      # folder to write to
+    held_out: int = 16              # one package of so many, in the order of their names
+
+    def __post_init__(self):
+        if self.held_out < 2:
+            raise ValueError(f'held_out must be at least 2, not {self.held_out}')
+
+
+def modules(wheel: Path) -> Iterator[str]:
+    """The text of each file that somebody wrote, in the order of a hash of their paths: a package may be cut."""
+    try:
+        files = zipfile.ZipFile(wheel)
+    except zipfile.BadZipFile:
+        die(f'{wheel} is no whole wheel; delete it and download it again')
+    with files:
+        names = [name for name in files.namelist() if name.endswith('.py') and not SKIP.search(name)]
+        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+            text = files.read(name).decode(errors='replace')
+            if (200 <= len(text) <= 100_000 and '\ufffd' not in text and max(map(len, text.split('\n'))) <= 1000
+                    and sum(map(str.isdigit, text)) <= 0.15 * len(text)):
+                yield text
+
+
+def runs_of_words(text: str) -> set[str]:
+    words = text.split()
+    return {' '.join(words[i:i + RUN]) for i in range(len(words) - RUN + 1)}
+
+
+def split(wheels: list[Path], held_out: int) -> dict[str, list[str]]:
+    """{'train': ..., 'val': ...}: the packages' files. Of those held out, none that the others hold as well."""
+    sides, before = {'train': [], 'val': []}, set()
+    for i, wheel in enumerate(wheels):
+        size, side = 0, 'val' if i % held_out == held_out // 2 else 'train'
+        for text in modules(wheel):
+            words = ' '.join(text.split())
+            if words not in before and size + len(text) <= MOST[side]:
+                before.add(words)
+                sides[side].append(text)
+                size += len(text)
+    asked = {text: runs_of_words(text) for text in sides['val']}
+    known = set(chain.from_iterable(asked.values()))
+    known = {run for text in sides['train'] for run in runs_of_words(text) & known}
+    sides['val'] = [text for text, own in asked.items() if len(own & known) <= 0.2 * len(own)]
+    return sides
+
+
+def main(cfg: Config) -> dict:
+    """Writes the folder cfg.out; returns what stands in its meta.json."""
+    wheels, out = sorted(Path(cfg.wheels).glob('*.whl'), key=lambda path: path.name.lower()), Path(cfg.out)
+    if len(wheels) < cfg.held_out:
+        die(f'{cfg.wheels} holds {len(wheels)} *.whl, fewer than held_out={cfg.held_out}; '
+            f'pip download --no-deps --only-binary=:all: --dest={cfg.wheels} --requirement=study/packages.txt')
+    encoding = get_encoding('gpt2')
+    sides = split(wheels, cfg.held_out)
+    if not sides['train'] or not sides['val']:
+        die(f'{cfg.wheels}: nothing is left to hold out, or all is; name another --held_out')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        meta = {'encoding': encoding.name, 'vocab_size': encoding.n_vocab, 'sources': {'code': 'Python packages'},
+                'domains': {'code': {side: write_tokens(out / f'code_{side}.bin', texts, encoding)
+                                     for side, texts in sides.items()}}}
+        write(out / 'meta.json', json.dumps(meta, indent=1).encode())       # last, it vouches for the others
+    except OSError as error:
+        die(f'{out}: cannot be written ({error}); name another folder with --out=')
+    print('wrote', out)
+    return meta
+
+
+if __name__ == '__main__':
+    main(configure(Config, sys.argv[1:])[0])
