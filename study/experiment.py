@@ -342,6 +342,7 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     row = {'sha256': saved['parent']['sha256'], 'val_mean': last['val_mean'], 'val': last['val'],
            'val_at': [[row['step'], round(row['val_mean'], 4)] for row in evaluations],
            'train_mean': fmean(map(fmean, seen.values())),      # as val_mean, but of windows of the training text
+           'unread_mean': unread_mean(seen, data['train'], cfg),        # of those of which it has read nothing
            'train_at': train_at,
            'balance': balance, 'parameters': total, 'active': active, 'machine': machine(device),
            'seconds': round(cfg.max_steps * fmean(row['seconds'] for row in log if 'seconds' in row), 1)}
@@ -353,6 +354,21 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     del model
     free()
     return row
+
+
+def unread_mean(losses: dict[str, list[float]], data: dict[str, np.ndarray], cfg: train.Config) -> float | None:
+    """The mean over the domains of the losses of an evaluation's windows of the training text, of those that
+    share no token with a sequence that a run of cfg has read; None if a domain has no such window."""
+    places = {domain: np.arange(len(tokens)) for domain, tokens in data.items()}        # as if they were tokens
+    read = {domain: np.zeros(len(tokens), bool) for domain, tokens in data.items()}
+    whole = replace(cfg, batch_size=cfg.batch_size * cfg.grad_accum_steps, grad_accum_steps=1)
+    for step in range(cfg.max_steps):
+        x, _ = train.get_batch(places, whole, step, 0, 'cpu')
+        for domain, row in zip(train.domains_of(step, whole, list(data)), x.numpy()):
+            read[domain][row[0]:row[-1] + 2] = True                     # with the token that follows
+    left = {domain: [loss for loss, start in zip(losses[domain], train.window_starts(data[domain], cfg))
+                     if not read[domain][start:start + cfg.block_size + 1].any()] for domain in data}
+    return fmean(map(fmean, left.values())) if all(left.values()) else None
 
 
 def free() -> None:

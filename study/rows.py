@@ -217,10 +217,11 @@ def rates_cell(losses: dict[float, float], result: Result) -> str:
 
 
 def loss_cell(rows: list[dict]) -> str:
-    """The mean over seeds, each domain's, and that of the training text, of the runs that measured it."""
+    """The mean over seeds, each domain's, and those of the training text and of its unread windows, where measured."""
     said = ', '.join(f'{name} {fmean(row["val"][name] for row in rows):.3f}' for name in rows[0]['val'])
-    if seen := [row['train_mean'] for row in rows if 'train_mean' in row]:
-        said += f'; training text {fmean(seen):.3f}' + f' of {len(seen)}' * (len(seen) < len(rows))
+    for name, key in (('training text', 'train_mean'), ('unread', 'unread_mean')):
+        if seen := [row[key] for row in rows if row.get(key) is not None]:
+            said += f'; {name} {fmean(seen):.3f}' + f' of {len(seen)}' * (len(seen) < len(rows))
     return f'**{fmean(row["val_mean"] for row in rows):.4f}** ({said}; runs: {len(rows)})'
 
 

@@ -192,8 +192,22 @@ def test_a_row_tells_what_the_model_makes_of_its_training_text(small):
               for side, domains in data.items()}
     assert found['train_mean'] == pytest.approx(fmean(losses['train']), abs=1e-4) != fmean(losses['val'])
     assert found['val_mean'] == pytest.approx(fmean(losses['val']), abs=1e-4)
+    assert found['unread_mean'] == found['train_mean']              # its 16 sequences are far from the 8 windows
     logged = [row['loss'] for row in runs.read_log('run') if 'loss' in row]         # of steps 0 and 2, as evaluations
     assert found['train_at'] == [[2, round(logged[0], 4)], [4, round(logged[1], 4)]]
+
+
+def test_unread_windows_share_no_token_with_a_sequence_that_was_read(small):
+    cfg = replace(experiment.Study(small, []).base, max_steps=40, batch_size=2, grad_accum_steps=2, eval_windows=300)
+    data, left = load_data(cfg.data_dir, 16)[1]['train'], {}
+    losses = {domain: list(map(float, train.window_starts(tokens, cfg))) for domain, tokens in data.items()}
+    for d, (domain, tokens) in enumerate(data.items()):
+        read = [np.random.default_rng((cfg.seed, step, j)).integers(len(tokens) - 16)
+                for step in range(40) for j in range(4) if (step * 4 + j) % len(data) == d]
+        left[domain] = [at for at in losses[domain] if all(abs(at - start) > 16 for start in read)]
+        assert 0.1 < len(left[domain]) / len(losses[domain]) < 0.9
+    assert experiment.unread_mean(losses, data, cfg) == pytest.approx(fmean(map(fmean, left.values())))
+    assert experiment.unread_mean(losses, data, replace(cfg, max_steps=4000)) is None       # all has been read
 
 
 def test_an_arms_rates_begin_at_its_twins_best(small, monkeypatch):
