@@ -76,6 +76,8 @@ SCALES = {
     # one domain, so three times the windows of it
     'gpt2_code': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/packages', '--eval_windows=288'])}
 
+MADE_BY = {'data/tokens4096': 'study.tokens', 'data/packages': 'study.packages'}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -169,6 +171,9 @@ class Study:
             base = replace(base, batch_size=size, grad_accum_steps=cfg.batch // size)
         self.base = replace(base, data_dir=cfg.data_dir or base.data_dir)
         self.arms = arms(base)
+        made_by = MADE_BY.get(self.base.data_dir)
+        if made_by and not os.path.exists(self.base.data_dir):
+            die(f'{self.base.data_dir} is not there; python -m {made_by} makes it, and its first lines say from what')
         meta, _ = load_data(self.base.data_dir, base.block_size)
         self.of = {'scale': cfg.scale, 'data': fingerprint(meta), 'parent': cfg.init_from or cfg.parent or 'own',
                    'tokens': base.batch_size * base.grad_accum_steps * base.block_size}
@@ -342,7 +347,7 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     row = {'sha256': saved['parent']['sha256'], 'val_mean': last['val_mean'], 'val': last['val'],
            'val_at': [[row['step'], round(row['val_mean'], 4)] for row in evaluations],
            'train_mean': fmean(map(fmean, seen.values())),      # as val_mean, but of windows of the training text
-           'unread_mean': unread_mean(seen, data['train'], cfg),        # of those of which it has read nothing
+           'unread_mean': unread_mean(seen, data['train'], cfg),        # of the windows of which it has read no token
            'train_at': train_at,
            'balance': balance, 'parameters': total, 'active': active, 'machine': machine(device),
            'seconds': round(cfg.max_steps * fmean(row['seconds'] for row in log if 'seconds' in row), 1)}
@@ -359,7 +364,7 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
 def unread_mean(losses: dict[str, list[float]], data: dict[str, np.ndarray], cfg: train.Config) -> float | None:
     """The mean over the domains of the losses of an evaluation's windows of the training text, of those that
     share no token with a sequence that a run of cfg has read; None if a domain has no such window."""
-    places = {domain: np.arange(len(tokens)) for domain, tokens in data.items()}        # as if they were tokens
+    places = {domain: np.arange(len(tokens), dtype=np.int32) for domain, tokens in data.items()}    # for tokens
     read = {domain: np.zeros(len(tokens), bool) for domain, tokens in data.items()}
     whole = replace(cfg, batch_size=cfg.batch_size * cfg.grad_accum_steps, grad_accum_steps=1)
     for step in range(cfg.max_steps):

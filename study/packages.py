@@ -2,18 +2,21 @@
 
     pip download --no-deps --only-binary=:all: --dest=data/wheels --requirement=study/packages.txt
     python -m study.packages                                    writes data/packages, in GPT-2's encoding
-    python -m study.experiment --scale=gpt2_code --arms=twin,half1223_all
+    python -m study.experiment --scale=gpt2_code --init_from=gpt2 --arms=twin,half1223_all
 
-No package is among those of data/large_parent, which the arms' parent has read. Left out: tests, vendored and
-generated files, what is no UTF-8, files that came before; and of what is held out each file of which more than a
-fifth of the runs of 13 words stand in the training text too.
+None of them is one of the projects in data/large_parent, which the parents of the printed rows have read; texts
+were not compared with it. Left out: tests, vendored packages, protocol buffers, files that are mostly data or no
+UTF-8, files that came before; and of what is held out each file of which more than a fifth of the runs of 13 words
+stand in the training text too. Of a large package a part is taken: see MOST.
 """
 
 import hashlib
 import json
+import os
 import re
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -30,6 +33,7 @@ RUN = 13                # words
 @dataclass(frozen=True)
 class Config:
     wheels: str = 'data/wheels'     # folder of *.whl, a package each
+    list: str = 'study/packages.txt'        # which they are: name==version, a line each
     out: str = 'data/packages'      # folder to write to
     held_out: int = 16              # one package of so many, in the order of their names
 
@@ -39,18 +43,22 @@ class Config:
 
 
 def modules(wheel: Path) -> Iterator[str]:
-    """The text of each file that somebody wrote, in the order of a hash of their paths: a package may be cut."""
+    """The text of each file that may be learned from, in the order of a hash of their paths: a package may be cut."""
     try:
-        files = zipfile.ZipFile(wheel)
-    except zipfile.BadZipFile:
-        die(f'{wheel} is no whole wheel; delete it and download it again')
-    with files:
-        names = [name for name in files.namelist() if name.endswith('.py') and not SKIP.search(name)]
-        for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-            text = files.read(name).decode(errors='replace')
-            if (200 <= len(text) <= 100_000 and '\ufffd' not in text and max(map(len, text.split('\n'))) <= 1000
-                    and sum(map(str.isdigit, text)) <= 0.15 * len(text)):
-                yield text
+        with zipfile.ZipFile(wheel) as files:
+            names = [name for name in files.namelist() if name.endswith('.py') and not SKIP.search(name)]
+            for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+                text = files.read(name).decode(errors='replace')
+                if (200 <= len(text) <= 100_000 and '\ufffd' not in text and max(map(len, text.split('\n'))) <= 1000
+                        and sum(map(str.isdigit, text)) <= 0.15 * len(text)):
+                    yield text
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        die(f'{wheel} cannot be read ({error}); delete it and download it again')
+
+
+def named(name: str, version: str) -> str:
+    """A package as its wheel and the list both name it."""
+    return f'{re.sub("[-_.]+", "-", name).lower()}=={version}'
 
 
 def runs_of_words(text: str) -> set[str]:
@@ -59,7 +67,7 @@ def runs_of_words(text: str) -> set[str]:
 
 
 def split(wheels: list[Path], held_out: int) -> dict[str, list[str]]:
-    """{'train': ..., 'val': ...}: the packages' files. Of those held out, none that the others hold as well."""
+    """{'train': ..., 'val': ...}: the packages' files, of those held out none that the others mostly hold."""
     sides, before = {'train': [], 'val': []}, set()
     for i, wheel in enumerate(wheels):
         size, side = 0, 'val' if i % held_out == held_out // 2 else 'train'
@@ -79,9 +87,12 @@ def split(wheels: list[Path], held_out: int) -> dict[str, list[str]]:
 def main(cfg: Config) -> dict:
     """Writes the folder cfg.out; returns what stands in its meta.json."""
     wheels, out = sorted(Path(cfg.wheels).glob('*.whl'), key=lambda path: path.name.lower()), Path(cfg.out)
-    if len(wheels) < cfg.held_out:
-        die(f'{cfg.wheels} holds {len(wheels)} *.whl, fewer than held_out={cfg.held_out}; '
-            f'pip download --no-deps --only-binary=:all: --dest={cfg.wheels} --requirement=study/packages.txt')
+    there = {named(*path.name.split('-')[:2]) for path in wheels}
+    wanted = {named(*line.split('==')) for line in Path(cfg.list).read_text('utf-8').split()}
+    if odd := there ^ wanted:           # one more or less, and others would be held out
+        die(f'{cfg.wheels} does not hold the packages of {cfg.list} ({len(wanted - there)} are missing, '
+            f'{len(there - wanted)} are too many, such as {min(odd)}): pip download --no-deps --only-binary=:all: '
+            f'--dest={cfg.wheels} --requirement={cfg.list}')
     encoding = get_encoding('gpt2')
     sides = split(wheels, cfg.held_out)
     if not sides['train'] or not sides['val']:
@@ -89,8 +100,10 @@ def main(cfg: Config) -> dict:
     try:
         out.mkdir(parents=True, exist_ok=True)
         meta = {'encoding': encoding.name, 'vocab_size': encoding.n_vocab, 'sources': {'code': 'Python packages'},
-                'domains': {'code': {side: write_tokens(out / f'code_{side}.bin', texts, encoding)
+                'domains': {'code': {side: write_tokens(out / f'code_{side}.tmp', texts, encoding)
                                      for side, texts in sides.items()}}}
+        for side in sides:
+            os.replace(out / f'code_{side}.tmp', out / f'code_{side}.bin')
         write(out / 'meta.json', json.dumps(meta, indent=1).encode())       # last, it vouches for the others
     except OSError as error:
         die(f'{out}: cannot be written ({error}); name another folder with --out=')

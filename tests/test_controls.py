@@ -190,6 +190,8 @@ def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_
     wheels = {                                          # file: what stands in it, and whether that is kept
         'A-1-py3-none-any.whl': {'a/a.py': (words('a'), True), 'a/tests/b.py': (words('b'), False),
                                  'a/_vendor/c.py': (words('c'), False), 'a/test_d.py': (words('d'), False),
+                                 'a/third_party/l.py': (words('l'), False), 'a/conftest.py': (words('m'), False),
+                                 'a/o.py': (words('o'), True),
                                  'a/e.txt': (words('e'), False), 'a/short.py': ('x = 1\n', False),
                                  'a/long.py': ('y' * 1001 + words('f'), False), 'a/shared.py': (shared, True)},
         'b-1-py3-none-any.whl': {                       # held out: the second of two
@@ -203,19 +205,22 @@ def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_
             for name, (text, _) in files.items():
                 file.writestr(name, text)
     monkeypatch.setattr(packages, 'get_encoding', lambda name: get_encoding('bytes'))
-    packages.main(packages.Config(str(tmp_path), out := str(tmp_path / 'out'), held_out=2))
+    cfg = packages.Config(str(tmp_path), str(tmp_path / 'list.txt'), out := str(tmp_path / 'out'), held_out=2)
+    Path(cfg.list).write_text('a==1\nB==1\nc==1\n')
+    packages.main(cfg)
     _, data = load_data(out, 16)
     for side, names in (('train', 'ac'), ('val', 'b')):
         expected = sorted(text.encode() for wheel, files in wheels.items() if wheel[0].lower() in names
                           for text, kept in files.values() if kept)
         assert sorted(data[side]['code'].astype(np.uint8).tobytes().split(b'\0')[:-1]) == expected
-    monkeypatch.setattr(packages, 'MOST', {'train': len(words('a')) + 10, 'val': 10**6})
-    assert len(packages.split(sorted(tmp_path.glob('*.whl')), 2)['train']) == 2         # one file of each package
-    refused('holds 3 *.whl, fewer than held_out=4', capsys, packages.main,
-            packages.Config(str(tmp_path), out, held_out=4))
+    refused('cannot be written', capsys, packages.main, replace(cfg, out='/dev/null/out'))
+    monkeypatch.setattr(packages, 'MOST', {'train': 1.5 * len(words('a')), 'val': 10**6})
+    assert len(packages.split(sorted(tmp_path.glob('*.whl')), 2)['train']) == 2     # one file of each package
     zipfile.ZipFile(tmp_path / 'b-1-py3-none-any.whl', 'w').close()
-    refused('nothing is left to hold out', capsys, packages.main, packages.Config(str(tmp_path), out, held_out=2))
+    refused('nothing is left to hold out', capsys, packages.main, cfg)
     (tmp_path / 'b-1-py3-none-any.whl').write_bytes(b'PK')
-    refused('is no whole wheel', capsys, packages.main, packages.Config(str(tmp_path), out, held_out=2))
+    refused('cannot be read (', capsys, packages.main, cfg)
+    (tmp_path / 'b-1-py3-none-any.whl').unlink()
+    refused('(1 are missing, 0 are too many, such as b==1)', capsys, packages.main, cfg)
     with pytest.raises(ValueError, match='held_out must be at least 2, not 1'):
         packages.Config(held_out=1)

@@ -72,6 +72,9 @@ def test_intervals_rest_on_the_spread_pooled_over_the_arms_and_pair_what_shares_
     assert '**-0.1000 ± 0.0212** (-4.8%)' in lines['a'] and 'no twin has its parent and seed' in lines['d']
     assert 'not bracketed' in lines['a']
     rows += [row('e', 0, 3.0, sha256=parent) for parent in ('p', 'q', 'r')]             # three runs of one seed
+    assert 'unread' not in tables([*rows, rows[0] | {'unread_mean': 1.25}], rows, [])      # of one of several runs
+    told = tables([row | {'unread_mean': 1.25} for row in rows], rows, [])
+    assert told.count(', unread 1.250; runs: ') == tables(rows, rows, []).count('; runs: ') > 1
     assert {'e (1)', 'b (2)'} <= set(re.findall(r'\w \(\d\)', tables(rows, rows, []).split('Fewer than')[1]))
 
 
@@ -308,6 +311,7 @@ def test_what_an_arm_learned_is_told_from_its_row(small, capsys):
 @pytest.mark.parametrize('change, expected', [
     (dict(arms='twin,top3'), 'there is no arm top3'),
     (dict(table=True, results='none.json'), 'none.json holds no such rows'),
+    (dict(data_dir='data/packages'), 'data/packages is not there; python -m study.packages makes it'),
     (dict(results='damaged.json'), 'damaged.json cannot be read')])
 def test_mistakes_end_in_one_line(small, change, expected, capsys):
     Path('damaged.json').write_text('[{')
