@@ -364,7 +364,8 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
 def unread_mean(losses: dict[str, list[float]], data: dict[str, np.ndarray], cfg: train.Config) -> float | None:
     """The mean over the domains of the losses of an evaluation's windows of the training text, of those that
     share no token with a sequence that a run of cfg has read; None if a domain has no such window."""
-    places = {domain: np.arange(len(tokens), dtype=np.int32) for domain, tokens in data.items()}    # for tokens
+    # where a token stands, in the place of the token: a batch of them tells what was read
+    places = {domain: np.arange(len(tokens), dtype=np.int32) for domain, tokens in data.items()}
     read = {domain: np.zeros(len(tokens), bool) for domain, tokens in data.items()}
     whole = replace(cfg, batch_size=cfg.batch_size * cfg.grad_accum_steps, grad_accum_steps=1)
     for step in range(cfg.max_steps):

@@ -25,6 +25,7 @@ from pathlib import Path
 from config import configure, die
 from prepare import get_encoding, write, write_tokens
 
+LIST = Path(__file__).with_suffix('.txt')       # name==version, a line each
 SKIP = re.compile(r'(^|/)(tests?|testing|_?vendor\w*|third_party|site-packages)/|(^|/)(test_|conftest)|_test\.py|_pb2')
 MOST = {'train': 8_000_000, 'val': 500_000}     # characters of a package, so that none is most of the text
 RUN = 13                # words
@@ -33,7 +34,6 @@ RUN = 13                # words
 @dataclass(frozen=True)
 class Config:
     wheels: str = 'data/wheels'     # folder of *.whl, a package each
-    list: str = 'study/packages.txt'        # which they are: name==version, a line each
     out: str = 'data/packages'      # folder to write to
     held_out: int = 16              # one package of so many, in the order of their names
 
@@ -88,11 +88,11 @@ def main(cfg: Config) -> dict:
     """Writes the folder cfg.out; returns what stands in its meta.json."""
     wheels, out = sorted(Path(cfg.wheels).glob('*.whl'), key=lambda path: path.name.lower()), Path(cfg.out)
     there = {named(*path.name.split('-')[:2]) for path in wheels}
-    wanted = {named(*line.split('==')) for line in Path(cfg.list).read_text('utf-8').split()}
+    wanted = {named(*line.split('==')) for line in LIST.read_text('utf-8').split()}
     if odd := there ^ wanted:           # one more or less, and others would be held out
-        die(f'{cfg.wheels} does not hold the packages of {cfg.list} ({len(wanted - there)} are missing, '
+        die(f'{cfg.wheels} does not hold the packages of {LIST.name} ({len(wanted - there)} are missing, '
             f'{len(there - wanted)} are too many, such as {min(odd)}): pip download --no-deps --only-binary=:all: '
-            f'--dest={cfg.wheels} --requirement={cfg.list}')
+            f'--dest={cfg.wheels} --requirement={os.path.relpath(LIST)}')
     encoding = get_encoding('gpt2')
     sides = split(wheels, cfg.held_out)
     if not sides['train'] or not sides['val']:

@@ -205,8 +205,9 @@ def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_
             for name, (text, _) in files.items():
                 file.writestr(name, text)
     monkeypatch.setattr(packages, 'get_encoding', lambda name: get_encoding('bytes'))
-    cfg = packages.Config(str(tmp_path), str(tmp_path / 'list.txt'), out := str(tmp_path / 'out'), held_out=2)
-    Path(cfg.list).write_text('a==1\nB==1\nc==1\n')
+    cfg = packages.Config(str(tmp_path), out := str(tmp_path / 'out'), held_out=2)
+    monkeypatch.setattr(packages, 'LIST', tmp_path / 'list.txt')
+    packages.LIST.write_text('a==1\nB==1\nc==1\n')
     packages.main(cfg)
     _, data = load_data(out, 16)
     for side, names in (('train', 'ac'), ('val', 'b')):
