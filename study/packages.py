@@ -90,8 +90,8 @@ def main(cfg: Config) -> dict:
     there = {named(*path.name.split('-')[:2]) for path in wheels}
     wanted = {named(*line.split('==')) for line in LIST.read_text('utf-8').split()}
     if odd := there ^ wanted:           # one more or less, and others would be held out
-        die(f'{cfg.wheels} does not hold the packages of {LIST.name} ({len(wanted - there)} are missing, '
-            f'{len(there - wanted)} are too many, such as {min(odd)}): pip download --no-deps --only-binary=:all: '
+        die(f'{cfg.wheels} does not hold the packages of {LIST.name} (missing: {len(wanted - there)}, '
+            f'too many: {len(there - wanted)}, such as {min(odd)}): pip download --no-deps --only-binary=:all: '
             f'--dest={cfg.wheels} --requirement={os.path.relpath(LIST)}')
     encoding = get_encoding('gpt2')
     sides = split(wheels, cfg.held_out)

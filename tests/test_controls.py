@@ -222,6 +222,6 @@ def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_
     (tmp_path / 'b-1-py3-none-any.whl').write_bytes(b'PK')
     refused('cannot be read (', capsys, packages.main, cfg)
     (tmp_path / 'b-1-py3-none-any.whl').unlink()
-    refused('(1 are missing, 0 are too many, such as b==1)', capsys, packages.main, cfg)
+    refused('(missing: 1, too many: 0, such as b==1)', capsys, packages.main, cfg)
     with pytest.raises(ValueError, match='held_out must be at least 2, not 1'):
         packages.Config(held_out=1)
