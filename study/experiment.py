@@ -45,6 +45,7 @@ from model import GPT, GPTConfig, MoE, load_balance_loss
 from prepare import load_data
 from study import bench, controls, routers
 from study.learned import Entropy, learned
+from study.packages import load_with_other
 from study.rows import (COMMITTED, COUNTS, SHORT, TIME_KEY, add_row, best_rate, next_rate, pick, ratios, read_rows,
                         tables, tried)
 
@@ -76,7 +77,7 @@ SCALES = {
     # one domain, so three times the windows of it
     'gpt2_code': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/packages', '--eval_windows=288'])}
 
-MADE_BY = {'data/tokens4096': 'study.tokens', 'data/packages': 'study.packages'}
+MADE_BY = {'data/tokens4096': 'study.tokens', 'data/packages': 'study.packages', 'data/modules': 'study.packages'}
 
 
 @dataclass(frozen=True)
@@ -341,8 +342,9 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
     for begin, end in pairwise(evaluations):
         losses = [line['loss'] for line in log if begin['step'] <= line['step'] < end['step']]
         train_at.append([end['step'], round(fmean(losses), 4)])
-    meta, data = load_data(cfg.data_dir, cfg.block_size)
+    meta, data = load_with_other(cfg.data_dir, cfg.block_size)
     seen, _ = train.evaluate(model, data['train'], cfg, device, stop)
+    other, _ = train.evaluate(model, data['other'], cfg, device, stop)
     total, active = model.count_parameters()
     row = {'sha256': saved['parent']['sha256'], 'val_mean': last['val_mean'], 'val': last['val'],
            'val_at': [[row['step'], round(row['val_mean'], 4)] for row in evaluations],
@@ -351,6 +353,8 @@ def run(arm: Arm, base: train.Config, look: bool, stop: list[int]) -> dict:
            'train_at': train_at,
            'balance': balance, 'parameters': total, 'active': active, 'machine': machine(device),
            'seconds': round(cfg.max_steps * fmean(row['seconds'] for row in log if 'seconds' in row), 1)}
+    if other:                           # of packages none of which it trains on
+        row['other_mean'] = fmean(map(fmean, other.values()))
     if look:
         row |= {'share': {layer: {domain: np.round(shares, 4).tolist() for domain, shares in of.items()}
                           for layer, of in last['share'].items()},

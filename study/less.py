@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from config import configure
-from prepare import load_data
+from study.packages import load_with_other
 from study.tokens import write_folder
 
 STRETCH = 4096      # tokens: long enough that few windows cross from one to the next, short enough for any domain
@@ -31,7 +31,7 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Writes the folder cfg.out; returns what stands in its meta.json."""
-    meta, data = load_data(cfg.source, 1)
+    meta, data = load_with_other(cfg.source, 1)
     data['train'] = {domain: tokens[np.arange(len(tokens)) // STRETCH % cfg.part == 0]
                      for domain, tokens in data['train'].items()}
     write_folder(cfg.source, cfg.out or f'{cfg.source.rstrip("/")}_{cfg.part}', meta, data)

@@ -217,11 +217,14 @@ def rates_cell(losses: dict[float, float], result: Result) -> str:
 
 
 def loss_cell(rows: list[dict]) -> str:
-    """The mean over seeds, each domain's, and those of the training text and of its unread windows, where measured.
+    """The mean over seeds, each domain's, and those of other packages, the training text and its unread windows,
+    where measured.
 
     A seed reads what its arms all read, so the unread windows are the same in each: compare arms of the same seeds.
     """
     said = ', '.join(f'{name} {fmean(row["val"][name] for row in rows):.3f}' for name in rows[0]['val'])
+    if other := [row['other_mean'] for row in rows if 'other_mean' in row]:
+        said += f'; other packages {fmean(other):.3f}'
     if seen := [row['train_mean'] for row in rows if 'train_mean' in row]:
         said += f'; training text {fmean(seen):.3f}' + f' of {len(seen)}' * (len(seen) < len(rows))
     if None not in (unread := [row.get('unread_mean') for row in rows]):

@@ -3,6 +3,7 @@
     python prepare.py --source=<folder> --out=data/corpus       in GPT-2's encoding
     python -m study.tokens                                      writes data/tokens4096
     python train.py config/tiny_dense.py --data_dir=data/tokens4096 --vocab_size=4096
+    python -m study.tokens --source=data/modules --out=data/modules4096 --like=data/tokens4096
 
 meta.json is prepare.py's, with `ids` beside it: each id's in GPT-2's encoding. The last one is that of the
 most frequent token among all those that share it.
@@ -18,6 +19,7 @@ import numpy as np
 
 from config import configure, die
 from prepare import load_data, write
+from study.packages import load_with_other
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Config:
     source: str = 'data/corpus'     # what prepare.py wrote in GPT-2's encoding
     out: str = 'data/tokens4096'    # folder to write to
     vocab_size: int = 4096          # ids, with the one that stands for all others
+    like: str = ''                  # a folder written before whose ids to take, for models of it
 
     def __post_init__(self):
         if not 2 <= self.vocab_size <= 50257:
@@ -33,11 +36,15 @@ class Config:
 
 def main(cfg: Config) -> dict:
     """Writes the folder cfg.out; returns what stands in its meta.json."""
-    meta, data = load_data(cfg.source, 1)
+    meta, data = load_with_other(cfg.source, 1)
     if meta['encoding'] != 'gpt2' or 'ids' in meta:
         die(f"{cfg.source} does not have GPT-2's ids; name data that prepare.py wrote with --encoding=gpt2")
     counts = sum(np.bincount(tokens, minlength=meta['vocab_size']) for tokens in data['train'].values())
     ids = np.argsort(-counts, kind='stable')[:cfg.vocab_size]
+    if cfg.like:
+        ids = np.array(load_data(cfg.like, 1)[0].get('ids', []))
+        if len(ids) != cfg.vocab_size:
+            die(f'{cfg.like} has {len(ids)} ids and not {cfg.vocab_size}; name what this program wrote')
     new = np.full(meta['vocab_size'], cfg.vocab_size - 1, np.uint16)
     new[ids] = np.arange(cfg.vocab_size)
     data = {side: {domain: new[tokens] for domain, tokens in domains.items()} for side, domains in data.items()}

@@ -180,6 +180,25 @@ def test_tokens_keeps_the_most_frequent_ids_of_the_training_text_and_trains(gpt2
     refused("does not have GPT-2's ids", capsys, tokens.main, tokens.Config(str(out), str(out) + '2', 20))
     refused("does not have GPT-2's ids", capsys, tokens.main, tokens.Config(cfg.data_dir, str(out), 20))
     refused('cannot be both', capsys, tokens.main, tokens.Config(str(gpt2_data), str(gpt2_data), 20))
+    # other text in the ids of the first, with what it has besides
+    more, path = dict(old), gpt2_data / 'a_other.bin'
+    more['other'] = {'a': old['val']['b'][::-1]}
+    more['other']['a'].tofile(path)
+    meta = json.loads((gpt2_data / 'meta.json').read_text())
+    meta['domains']['a']['other'] = {'tokens': 500, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
+    (gpt2_data / 'meta.json').write_text(json.dumps(meta))
+    old['val']['a'].tofile(gpt2_data / 'a_train.bin')               # by its own counts other ids were the most frequent
+    meta['domains']['a']['train'] = meta['domains']['a']['val']
+    (gpt2_data / 'meta.json').write_text(json.dumps(meta))
+    like = tokens.Config(str(gpt2_data), str(out) + '2', 20, like=str(out))
+    assert tokens.main(like)['ids'] == ids != tokens.main(replace(like, like=''))['ids']
+    tokens.main(like)
+    _, new = packages.load_with_other(like.out, 16)
+    assert new['other']['a'].tolist() == [ids.index(id) if id in ids else 19 for id in more['other']['a'].tolist()]
+    assert packages.load_with_other(str(out), 16)[1]['other'] == {}
+    refused('has 20 ids and not 21', capsys, tokens.main, replace(like, vocab_size=21))
+    path.write_bytes(b'')
+    refused('a_other.bin is not the file', capsys, packages.load_with_other, str(gpt2_data), 16)
 
 
 def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_path, capsys, monkeypatch):
@@ -191,7 +210,7 @@ def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_
         'A-1-py3-none-any.whl': {'a/a.py': (words('a'), True), 'a/tests/b.py': (words('b'), False),
                                  'a/_vendor/c.py': (words('c'), False), 'a/test_d.py': (words('d'), False),
                                  'a/third_party/l.py': (words('l'), False), 'a/conftest.py': (words('m'), False),
-                                 'a/o.py': (words('o'), True),
+                                 'a/o.py': (words('o'), True), 'a/copy.py': (words('o') + words('copied', 4), True),
                                  'a/e.txt': (words('e'), False), 'a/short.py': ('x = 1\n', False),
                                  'a/long.py': ('y' * 1001 + words('f'), False), 'a/shared.py': (shared, True)},
         'b-1-py3-none-any.whl': {                       # held out: the second of two
@@ -205,7 +224,8 @@ def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_
             for name, (text, _) in files.items():
                 file.writestr(name, text)
     monkeypatch.setattr(packages, 'get_encoding', lambda name: get_encoding('bytes'))
-    cfg = packages.Config(str(tmp_path), out := str(tmp_path / 'out'), held_out=2)
+    cfg = packages.Config(str(tmp_path), out := str(tmp_path / 'out'), modules := str(tmp_path / 'modules'), 2)
+    monkeypatch.setattr(packages, 'PART', 3)
     monkeypatch.setattr(packages, 'LIST', tmp_path / 'list.txt')
     packages.LIST.write_text('a==1\nB==1\nc==1\n')
     packages.main(cfg)
@@ -214,7 +234,17 @@ def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_
         expected = sorted(text.encode() for wheel, files in wheels.items() if wheel[0].lower() in names
                           for text, kept in files.values() if kept)
         assert sorted(data[side]['code'].astype(np.uint8).tobytes().split(b'\0')[:-1]) == expected
+    # the same files once more, each third held out; of one that is held out most stands in another
+    documents = data['train']['code'].astype(np.uint8).tobytes().split(b'\0')[:-1]
+    _, data = packages.load_with_other(modules, 16)
+    held_out = [text for i, text in enumerate(documents) if i % 3 == 1]
+    kept = [text for text in held_out if b'copied' not in text]
+    assert len(held_out) - len(kept) == 1 == len(kept)
+    for side, expected in ('train', [text for text in documents if text not in held_out]), ('val', kept):
+        assert data[side]['code'].astype(np.uint8).tobytes().split(b'\0')[:-1] == expected
+    assert data['other']['code'].tobytes() == load_data(out, 16)[1]['val']['code'].tobytes()
     refused('cannot be written', capsys, packages.main, replace(cfg, out='/dev/null/out'))
+    refused('cannot be written', capsys, packages.main, replace(cfg, modules='/dev/null/out'))
     monkeypatch.setattr(packages, 'MOST', {'train': 1.5 * len(words('a')), 'val': 10**6})
     assert len(packages.split(sorted(tmp_path.glob('*.whl')), 2)['train']) == 2     # one file of each package
     zipfile.ZipFile(tmp_path / 'b-1-py3-none-any.whl', 'w').close()

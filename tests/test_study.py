@@ -1,9 +1,11 @@
 """The study: figures are what mathematics says, runs are made once."""
 
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +75,8 @@ def test_intervals_rest_on_the_spread_pooled_over_the_arms_and_pair_what_shares_
     assert 'not bracketed' in lines['a']
     rows += [row('e', 0, 3.0, sha256=parent) for parent in ('p', 'q', 'r')]             # three runs of one seed
     assert 'unread' not in tables([*rows, rows[0] | {'unread_mean': 1.25}], rows, [])      # of one of several runs
+    told = tables([row | {'other_mean': 3.5} for row in rows], rows, [])
+    assert told.count('; other packages 3.500; ') == told.count('; runs: ') > 1
     told = tables([row | {'unread_mean': 1.25} for row in rows], rows, [])
     assert told.count(', unread 1.250; runs: ') == tables(rows, rows, []).count('; runs: ') > 1
     assert {'e (1)', 'b (2)'} <= set(re.findall(r'\w \(\d\)', tables(rows, rows, []).split('Fewer than')[1]))
@@ -185,14 +189,22 @@ def test_an_experiment_brackets_rates_runs_seeds_and_its_rows_can_be_made_again(
     assert read_rows('r.json') == rows
 
 
-def test_a_row_tells_what_the_model_makes_of_its_training_text(small):
+def test_a_row_tells_what_the_model_makes_of_its_training_text_and_of_other_text(small, data):
     study = experiment.Study(small, [])
-    base = replace(study.base, init_from=study.parent(0), out_dir='run')
+    base = replace(study.base, init_from=study.parent(0), out_dir='run', data_dir='with_other')
+    shutil.copytree(data, 'with_other')
+    meta = json.loads(Path(data, 'meta.json').read_text())
+    domain = next(iter(meta['domains']))
+    np.arange(200, dtype=np.uint16).tofile(f'with_other/{domain}_other.bin')
+    meta['domains'][domain]['other'] = {'sha256': hashlib.sha256(np.arange(200, dtype=np.uint16)).hexdigest()}
+    Path('with_other/meta.json').write_text(json.dumps(meta))
     found = experiment.run(study.arms['top1'], base, False, [])
     model, data = runs.load_model('run')[0].eval(), load_data(base.data_dir, 16)[1]
+    data['other'] = {domain: np.arange(200, dtype=np.uint16)}
     losses = {side: [fmean(model(*train.windows([(tokens, start)], base, 'cpu'))[1].item()
                            for start in train.window_starts(tokens, base)) for tokens in domains.values()]
               for side, domains in data.items()}
+    assert found['other_mean'] == pytest.approx(fmean(losses['other']), abs=1e-4) != found['val_mean']
     assert found['train_mean'] == pytest.approx(fmean(losses['train']), abs=1e-4) != fmean(losses['val'])
     assert found['val_mean'] == pytest.approx(fmean(losses['val']), abs=1e-4)
     assert found['unread_mean'] == found['train_mean']              # its 16 sequences are far from the 8 windows
