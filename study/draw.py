@@ -38,7 +38,7 @@ GREY = ['text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # tiny, tokens, gpt2, gpt2_domains or gpt2_code
+    scale: str = 'tiny'         # of study.experiment
     parent: str = 'own'         # own, longer, gpt2 ...
     steps: int = 0              # the comparison's; 0 is that with the most arms, as are '' and 0 of the next two
     data: str = ''              # as rows say it

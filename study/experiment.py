@@ -72,17 +72,21 @@ TINY_ARMS = ['config/tiny.py', *TINY, '--experts_per_token=1', '--learning_rate=
 SCALES = {
     'tiny': Scale('tiny', ['config/tiny_dense.py', *TINY], TINY_ARMS),
     'tokens': Scale('tokens', ['config/tiny_dense.py', *TINY, *TOKENS], [*TINY_ARMS, *TOKENS]),
+    # one domain here, so six times the windows of it
+    'tokens_code': Scale('tokens', ['config/tiny_dense.py', *TINY, *TOKENS],
+                         [*TINY_ARMS, *TOKENS, '--data_dir=data/modules4096', '--eval_windows=288']),
     'gpt2': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/large_rest']),
     'gpt2_domains': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/corpus']),
-    # one domain, so three times the windows of it
-    'gpt2_code': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/packages', '--eval_windows=288'])}
+    # here three times
+    'gpt2_code': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/modules', '--eval_windows=288'])}
 
-MADE_BY = {'data/tokens4096': 'study.tokens', 'data/packages': 'study.packages', 'data/modules': 'study.packages'}
+MADE_BY = {'data/tokens4096': 'study.tokens', 'data/packages': 'study.packages', 'data/modules': 'study.packages',
+           'data/modules4096': 'study.tokens --source=data/modules --out=data/modules4096 --like=data/tokens4096'}
 
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # tiny, tokens (CPU), gpt2, gpt2_domains, gpt2_code (GPU)
+    scale: str = 'tiny'         # tiny, tokens, tokens_code (CPU), gpt2, gpt2_domains, gpt2_code (GPU)
     arms: str = ''              # which, by comma; all is every one; '' is the core once more
     seeds: tuple[int, ...] = (0, 1, 2)      # of each arm and its parent
     rates: str = ''             # learning rates by comma, times the scale's own; '' is the best, bracketed first

@@ -156,7 +156,7 @@ def most_taken(taken: np.ndarray, token: np.ndarray, encoding: tiktoken.Encoding
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # tiny, tokens, gpt2, gpt2_domains or gpt2_code
+    scale: str = 'tiny'         # of study.experiment
     arm: str = 'top1'           # one that the experiment looked into
     results: str = COMMITTED    # where the rows are
 

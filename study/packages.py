@@ -3,7 +3,6 @@
     pip download --no-deps --only-binary=:all: --dest=data/wheels --requirement=study/packages.txt
     python -m study.packages                        writes data/packages and data/modules, in GPT-2's encoding
     python -m study.experiment --scale=gpt2_code --init_from=gpt2 --arms=twin,half1223_all
-    python -m study.experiment --scale=gpt2_code --init_from=gpt2 --data_dir=data/modules --arms=twin,half1223_all
 
 data/packages holds out each sixteenth package whole. data/modules has the other packages, but holds out each 64th
 of their files: text that a run has not read, from packages that it has. Its `other` text is what data/packages
@@ -19,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import zipfile
 import zlib
@@ -42,8 +42,7 @@ PART = 64               # one file of so many is held out in data/modules
 @dataclass(frozen=True)
 class Config:
     wheels: str = 'data/wheels'     # folder of *.whl, a package each
-    out: str = 'data/packages'      # folder to write to
-    modules: str = 'data/modules'   # folder to write the same to, with files held out instead of packages
+    out: str = 'data'               # folder to write the folders packages and modules to
     held_out: int = 16              # one package of so many, in the order of their names
 
     def __post_init__(self):
@@ -109,12 +108,12 @@ def write_texts(folder: str, sides: dict[str, list[str]]) -> None:
             os.replace(out / f'code_{side}.tmp', out / f'code_{side}.bin')
         write(out / 'meta.json', json.dumps(meta, indent=1).encode())       # last, it vouches for the others
     except OSError as error:
-        die(f'{out}: cannot be written ({error}); name another folder with --out= or --modules=')
+        die(f'{out}: cannot be written ({error}); name another --out=')
     print('wrote', out)
 
 
 def main(cfg: Config) -> None:
-    """Writes the folders cfg.out and cfg.modules."""
+    """Writes the folders packages and modules in cfg.out."""
     wheels = sorted(Path(cfg.wheels).glob('*.whl'), key=lambda path: path.name.lower())
     there = {named(*path.name.split('-')[:2]) for path in wheels}
     wanted = {named(*line.split('==')) for line in LIST.read_text('utf-8').split()}
@@ -125,10 +124,10 @@ def main(cfg: Config) -> None:
     sides = split(wheels, cfg.held_out)
     if not sides['train'] or not sides['val']:
         die(f'{cfg.wheels}: nothing is left to hold out, or all is; name another --held_out')
-    write_texts(cfg.out, sides)
+    write_texts(f'{cfg.out}/packages', sides)
     held_out = sides['train'][PART // 2::PART]
     rest = [text for i, text in enumerate(sides['train']) if i % PART != PART // 2]
-    write_texts(cfg.modules, {'train': rest, 'val': apart(held_out, rest), 'other': sides['val']})
+    write_texts(f'{cfg.out}/modules', {'train': rest, 'val': apart(held_out, rest), 'other': sides['val']})
 
 
 def load_with_other(folder: str, block_size: int) -> tuple[dict, dict]:
@@ -140,10 +139,11 @@ def load_with_other(folder: str, block_size: int) -> tuple[dict, dict]:
             path = Path(folder, f'{domain}_other.bin')
             tokens = np.fromfile(path, np.uint16) if path.exists() else np.empty(0, np.uint16)
             if hashlib.sha256(tokens).hexdigest() != sides['other']['sha256']:
-                die(f'{path} is not the file that meta.json describes; python -m study.packages makes it')
+                die(f'{path} is not the file that meta.json describes; make {folder} again as it was made')
             data['other'][domain] = tokens
     return meta, data
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C: just leave
     main(configure(Config, sys.argv[1:])[0])

@@ -3,7 +3,7 @@
     python prepare.py --source=<folder> --out=data/corpus       in GPT-2's encoding
     python -m study.tokens                                      writes data/tokens4096
     python train.py config/tiny_dense.py --data_dir=data/tokens4096 --vocab_size=4096
-    python -m study.tokens --source=data/modules --out=data/modules4096 --like=data/tokens4096
+    python -m study.tokens --source=data/modules --out=data/modules4096 --like=data/tokens4096      of other text
 
 meta.json is prepare.py's, with `ids` beside it: each id's in GPT-2's encoding. The last one is that of the
 most frequent token among all those that share it.
