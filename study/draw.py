@@ -38,7 +38,7 @@ GREY = ['text.color', 'axes.labelcolor', 'axes.edgecolor', 'xtick.color', 'ytick
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # of study.experiment
+    scale: str = 'tiny'         # one of study.experiment's
     parent: str = 'own'         # own, longer, gpt2 ...
     steps: int = 0              # the comparison's; 0 is that with the most arms, as are '' and 0 of the next two
     data: str = ''              # as rows say it

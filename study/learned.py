@@ -156,7 +156,7 @@ def most_taken(taken: np.ndarray, token: np.ndarray, encoding: tiktoken.Encoding
 
 @dataclass(frozen=True)
 class Config:
-    scale: str = 'tiny'         # of study.experiment
+    scale: str = 'tiny'         # one of study.experiment's
     arm: str = 'top1'           # one that the experiment looked into
     results: str = COMMITTED    # where the rows are
 

@@ -75,7 +75,7 @@ def runs_of_words(text: str) -> set[str]:
 
 
 def apart(held_out: list[str], train: list[str]) -> list[str]:
-    """The files of held_out but those that train mostly holds."""
+    """The files of held_out, without those of which more than a fifth of the runs of words stand in train."""
     asked = {text: runs_of_words(text) for text in held_out}
     known = set(chain.from_iterable(asked.values()))
     known = {run for text in train for run in runs_of_words(text) & known}

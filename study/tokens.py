@@ -27,7 +27,7 @@ class Config:
     source: str = 'data/corpus'     # what prepare.py wrote in GPT-2's encoding
     out: str = 'data/tokens4096'    # folder to write to
     vocab_size: int = 4096          # ids, with the one that stands for all others
-    like: str = ''                  # a folder written before whose ids to take, for models of it
+    like: str = ''                  # an earlier folder whose ids to take, so that its models can read this
 
     def __post_init__(self):
         if not 2 <= self.vocab_size <= 50257:
