@@ -72,12 +72,12 @@ TINY_ARMS = ['config/tiny.py', *TINY, '--experts_per_token=1', '--learning_rate=
 SCALES = {
     'tiny': Scale('tiny', ['config/tiny_dense.py', *TINY], TINY_ARMS),
     'tokens': Scale('tokens', ['config/tiny_dense.py', *TINY, *TOKENS], [*TINY_ARMS, *TOKENS]),
-    # one domain, so six times the windows of it
+    # a single domain, so 288 windows of it instead of 48 of each
     'tokens_code': Scale('tokens', ['config/tiny_dense.py', *TINY, *TOKENS],
                          [*TINY_ARMS, *TOKENS, '--data_dir=data/modules4096', '--eval_windows=288']),
     'gpt2': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/large_rest']),
     'gpt2_domains': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/corpus']),
-    # and three times here
+    # likewise, instead of 96
     'gpt2_code': Scale('gpt2', GPT2_PARENT, [*GPT2_ARMS, '--data_dir=data/modules', '--eval_windows=288'])}
 
 MADE_BY = {'data/tokens4096': 'study.tokens', 'data/packages': 'study.packages', 'data/modules': 'study.packages',

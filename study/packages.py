@@ -4,11 +4,11 @@
     python -m study.packages                        writes data/packages and data/modules, in GPT-2's encoding
     python -m study.experiment --scale=gpt2_code --init_from=gpt2 --arms=twin,half1223_all
 
-data/packages holds out each sixteenth package whole. data/modules has the other packages, but holds out each 64th
-of their files: text that a run has not read, from packages that it has. Its `other` text is what data/packages
-holds out, and a row has the loss of both.
+data/packages holds out each sixteenth package whole. data/modules has the other packages and holds out each 64th
+of their files: new text of packages that a run trains on. What data/packages holds out is in it too, under the name
+`other`, and a row has both losses.
 
-None of them is one of the projects in data/large_parent, which the parents of the printed rows have read; texts
+None of the packages is one of the projects in data/large_parent, which the parents of the printed rows have read; texts
 were not compared with it. Left out: tests, vendored packages, protocol buffers, files that are mostly data or no
 UTF-8, files that came before; and of what is held out, each file of which more than a fifth of the runs of 13 words
 stand in the training text too. Of a large package a part is taken: see MOST.

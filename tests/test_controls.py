@@ -181,27 +181,24 @@ def test_tokens_keeps_the_most_frequent_ids_of_the_training_text_and_trains(gpt2
     refused("does not have GPT-2's ids", capsys, tokens.main, tokens.Config(cfg.data_dir, str(out), 20))
     refused('cannot be both', capsys, tokens.main, tokens.Config(str(gpt2_data), str(gpt2_data), 20))
     # other text in the ids of the first, with what it has besides
-    more, path = dict(old), gpt2_data / 'a_other.bin'
-    more['other'] = {'a': old['val']['b'][::-1]}
-    more['other']['a'].tofile(path)
-    meta = json.loads((gpt2_data / 'meta.json').read_text())
-    meta['domains']['a']['other'] = {'tokens': 500, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
-    (gpt2_data / 'meta.json').write_text(json.dumps(meta))
+    path, other = gpt2_data / 'a_other.bin', old['val']['b'][::-1]
+    other.tofile(path)
     old['val']['a'].tofile(gpt2_data / 'a_train.bin')               # by its own counts other ids were the most frequent
-    meta['domains']['a']['train'] = meta['domains']['a']['val']
+    meta = json.loads((gpt2_data / 'meta.json').read_text())
+    meta['domains']['a'] |= {'train': meta['domains']['a']['val'],
+                             'other': {'tokens': 500, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}}
     (gpt2_data / 'meta.json').write_text(json.dumps(meta))
     like = tokens.Config(str(gpt2_data), str(out) + '2', 20, like=str(out))
-    assert tokens.main(like)['ids'] == ids != tokens.main(replace(like, like=''))['ids']
-    tokens.main(like)
+    assert tokens.main(replace(like, like=''))['ids'] != ids == tokens.main(like)['ids']
     _, new = packages.load_with_other(like.out, 16)
-    assert new['other']['a'].tolist() == [ids.index(id) if id in ids else 19 for id in more['other']['a'].tolist()]
+    assert new['other']['a'].tolist() == [ids.index(id) if id in ids else 19 for id in other.tolist()]
     assert packages.load_with_other(str(out), 16)[1]['other'] == {}
     refused('has 20 ids and not 21', capsys, tokens.main, replace(like, vocab_size=21))
     path.write_bytes(b'')
     refused('a_other.bin is not the file', capsys, packages.load_with_other, str(gpt2_data), 16)
 
 
-def test_packages_holds_out_whole_packages_and_leaves_out_what_nobody_wrote(tmp_path, capsys, monkeypatch):
+def test_packages_holds_out_packages_and_files_and_leaves_out_what_nobody_wrote(tmp_path, capsys, monkeypatch):
     def words(name: str, n: int = 40) -> str:           # no two texts share a word
         return ' '.join(f'{name}_{chr(97 + i // 26)}{chr(97 + i % 26)}' for i in range(n)) + '\n'
 
