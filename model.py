@@ -36,7 +36,7 @@ class GPTConfig:
     router: str = 'learned'                     # or by the tokens (scale/hashed.py): hash, sliced_hash, ngram
 
     def __post_init__(self):
-        self.require_range(1, math.inf, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',
+        self.require_range(1, 2**31, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',
                            'n_experts', 'experts_per_token')
         self.require_range(0, 1, 'dropout')
         self.require_one_of(('learned', 'hash', 'sliced_hash', 'ngram'), 'router')
@@ -46,7 +46,7 @@ class GPTConfig:
         for name in names:
             value = getattr(self, name)
             if not low <= value < high:
-                below = '' if high == math.inf else f' and below {high}'
+                below = ' and finite' if high == math.inf else f' and below {high}'
                 raise ValueError(f'{name} must be at least {low}{below}, not {value}')
 
     def require_one_of(self, values: tuple[str, ...], name: str) -> None:

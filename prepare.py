@@ -167,7 +167,12 @@ def split(documents: Iterable, seed: int, domain: str, key: Callable = str) -> d
 def folder_domains(cfg: Config) -> dict[str, tuple]:
     """{domain: (its source, its split)}; every *.txt of the folder is a domain."""
     domains = {}
-    for path in sorted(Path(cfg.source).glob('*.txt')):
+    try:
+        names = sorted(name for name in os.listdir(cfg.source) if name.endswith('.txt'))
+    except OSError as error:
+        die(f'{cfg.source}: cannot be read ({error.strerror}); name a folder of *.txt, or --source=local, which needs '
+            'no files')
+    for path in (Path(cfg.source, name) for name in names):
         name = path.stem.lower()
         if not re.fullmatch('[a-z0-9_]+', name) or name in domains:
             die(f'{path}: a domain is named by letters, digits and _ only, each differently; '
@@ -179,7 +184,7 @@ def folder_domains(cfg: Config) -> dict[str, tuple]:
         except (OSError, ValueError) as error:
             die(f'{path}: cannot be read as UTF-8 text ({error}); save it as such, or move it away')
     if not domains:
-        die(f'{cfg.source}: no such folder, or no *.txt in it; --source=local needs no files')
+        die(f'{cfg.source}: no *.txt in it; --source=local needs no files')
     return domains
 
 

@@ -9,6 +9,7 @@ Whatever the user can mend ends in one line that says how, and leaves the files 
 train.Config throughout; train imports this file, so its base class stands in the annotations.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -116,6 +117,7 @@ def is_checkpoint(path: str) -> bool:
 def load(path: str, advice: str = 'name another file or folder') -> dict:
     """A checkpoint: tensors and Python primitives, no code. Its checksums are verified."""
     with reading(path, advice):
+        open(path, 'rb').close()                        # is_zipfile does not say that it may not read it
         if not zipfile.is_zipfile(path):
             raise ValueError('it is empty, cut off or no checkpoint')
         if damaged := zipfile.ZipFile(path).testzip():  # torch.load does not look at checksums
@@ -200,12 +202,14 @@ def lock(out_dir: str) -> int:
     return folder
 
 
-def check_disk(out_dir: str, checkpoint_bytes: int) -> None:
-    """While a checkpoint is written, the one before it is still there."""
+def check_disk(out_dir: str, parameters: int) -> None:
+    """While a checkpoint is written, the one before it and best.pt are there: 12 + 12 + 4 bytes each."""
+    there = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt'))
+    needed = 28 * parameters - sum(map(os.path.getsize, filter(os.path.exists, there)))
     free = shutil.disk_usage(out_dir).free
-    if free < 2 * checkpoint_bytes:
-        die(f'{out_dir} has {free / 1e6:,.1f} MB of disk left, two checkpoints take '
-            f'{2 * checkpoint_bytes / 1e6:,.1f} MB; make room, or name another --out_dir')
+    if free < needed:
+        die(f'{out_dir} has {free / 1e6:,.1f} MB of disk left, its checkpoints take '
+            f'{needed / 1e6:,.1f} MB more; make room, or name another --out_dir')
 
 
 # Where a run starts
@@ -236,7 +240,7 @@ def open_run(cfg: GPTConfig, explicit: set[str], meta: dict, data: dict[str, np.
         with reading(ckpt, 'name another --out_dir'):
             saved = load(ckpt, 'name another --out_dir')
             cfg = check_same_run(cfg, explicit, saved)
-            if meta['domains'] != saved['data']['domains']:
+            if [*meta['domains'].items()] != [*saved['data']['domains'].items()]:      # sequences go by their order
                 die(f'{cfg.data_dir} changed since {cfg.out_dir} began; name another --out_dir')
             as_asked = cfg.batch_size == saved['config']['batch_size']
             start = Start(cfg, restore(saved, ckpt, build), saved['step'], saved['best'],
@@ -245,7 +249,10 @@ def open_run(cfg: GPTConfig, explicit: set[str], meta: dict, data: dict[str, np.
     elif cfg.resume:
         die(f'{cfg.out_dir} holds no run to resume; leave --resume=True out to begin one')
     else:
-        start = new_run(cfg, explicit, data, build)
+        start, best = new_run(cfg, explicit, data, build), os.path.join(cfg.out_dir, 'best.pt')
+        if os.path.exists(best) and not cfg.eval_only and (step := load(best)['step']):
+            die(f'{best} is of step {step}, and there is no ckpt.pt to go on from; move it away to begin again, '
+                'or name another --out_dir')
     # a vocabulary may be padded or hold a few ids more than the data's, but not be another encoding's
     ours, data_ids, gpt2_ids = start.cfg.vocab_size, meta['vocab_size'], GPTConfig.vocab_size
     if ours < data_ids or data_ids < gpt2_ids <= ours:
@@ -396,7 +403,7 @@ def file_hash(path: str) -> str:
 
 
 def begin_folder(cfg: GPTConfig, config: dict, model: GPT, sizes: tuple[int, int], device: str, meta: dict,
-                 parent: dict | None, parent_val: dict | None, step: int) -> int:
+                 parent: dict | None, parent_val: dict | None, step: int, new: bool) -> int:
     """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes.
 
     sizes: the parameters of the whole model and those active for a token; this process may have fewer.
@@ -409,7 +416,9 @@ def begin_folder(cfg: GPTConfig, config: dict, model: GPT, sizes: tuple[int, int
           f'and activations; a checkpoint takes {12 * total / 1e6:,.1f} MB')
     folder = lock(cfg.out_dir)
     try:
-        check_disk(cfg.out_dir, 12 * total)
+        if new and os.path.exists(os.path.join(cfg.out_dir, 'ckpt.pt')):
+            die(f'another program has trained in {cfg.out_dir} meanwhile; type the same command again')
+        check_disk(cfg.out_dir, total)
         log, path = (os.path.join(cfg.out_dir, name) for name in ('log.jsonl', 'run.json'))
         with reading(log, 'move it away to go on without its rows'):
             rows = [row for row in read_log(cfg.out_dir) if row['step'] < step] if step else []
@@ -514,10 +523,10 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
         model.forward = torch.autocast(torch.device(device).type, torch.bfloat16)(model.forward)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether the device, or the machine, says that it has no memory left."""
     said = ('out of memory', "can't allocate memory", 'ALLOC_FAILED')
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in said)
 
 
 def smaller_batch(cfg: GPTConfig, error: RuntimeError, step: int) -> GPTConfig:
@@ -580,7 +589,13 @@ def run_program(train: Callable, config: GPTConfig, explicit: set[str]) -> NoRet
     except Stopped as stopped:
         print(stopped)
         code = 128 + (caught or [signal.SIGTERM])[0]
-    except RuntimeError as error:
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        die(f'{error}: what is printed could not be written; make room and type the same command')
+    except (MemoryError, RuntimeError) as error:
+        if config.compile and type(error).__module__.startswith(('torch._inductor', 'torch._dynamo')):
+            die(f'{error!r:.200}: PyTorch cannot compile here; leave --compile=True out')
         if not out_of_memory(error):
             raise
         die(f'{error!r:.200}: the model does not fit; take a smaller one, fewer --moe_layers or '
@@ -710,8 +725,8 @@ def read_sibling(folder: str) -> Sibling | None:
         if parent_val:
             parent = run['parent']['path'], fmean(parent_val.values())
         tokens = config['batch_size'] * config['grad_accum_steps'] * config['block_size']
-        shared = (run['parent'] and run['parent']['sha256'], run['data']['domains'],
-                  config['max_steps'], tokens)
+        shared = (run['parent'] and run['parent']['sha256'], run['data']['domains'], config['max_steps'], tokens,
+                  config['block_size'], config['eval_windows'])     # the last two say on what they are evaluated
         return Sibling(folder, parent, shared, None if config['moe_layers'] else config['seed'],
                        config['seed'], rows[-1]['val_mean'], run['active'],
                        fmean(row['seconds'] for row in rows if 'seconds' in row))

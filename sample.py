@@ -29,7 +29,7 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from prepare import get_encoding
-from runs import load_model, pick_device
+from runs import load_model, out_of_memory, pick_device
 from study.page import make_page
 
 COLOURS = (110, 214, 150, 204, 222, 140, 80, 180, 113, 209, 75, 217, 186, 103, 173, 152)      # of xterm's 256
@@ -140,7 +140,7 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
         die(f'{path} holds weights that are no finite numbers; name another with --init_from')
     encoding = get_encoding(saved['data']['encoding'] if saved else guess_encoding(path, model))
     mixtures = model.config.moe_layers
-    layer = mixtures[-1] if cfg.layer < 0 and mixtures else cfg.layer
+    layer = max(mixtures) if cfg.layer < 0 and mixtures else cfg.layer
     if layer >= 0 and layer not in mixtures:
         die(f'layer {layer} of {source} is no mixture; its mixtures are {list(mixtures) or "none"}; '
             'leave --layer out')
@@ -156,7 +156,7 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
         die(f'the prompt has {len(prompt)} tokens, {source} takes at most {model.config.block_size}; '
             'shorten it')
     try:                                        # before there is a text to lose
-        page = open(cfg.html, 'w', encoding='utf-8') if cfg.html else None
+        page = open(cfg.html, 'a', encoding='utf-8') if cfg.html else None      # an old one stays until then
     except OSError as error:
         die(f'{cfg.html} cannot be written ({error}); name another --html')
     print(path, *([f'step {saved["step"]}'] if saved else []), file=sys.stderr)
@@ -184,12 +184,21 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
         experts, probs = zip(*(token.routes[layer] for row in samples for token in row))
         print_legend(layer, experts, n_experts=len(probs[0]))
     if page:
-        with page:
-            page.write(make_page(samples, layer, COLOURS))
+        try:
+            with page:
+                page.truncate(0)
+                page.write(make_page(samples, layer, COLOURS))
+        except OSError as error:
+            die(f'{cfg.html} cannot be written ({error}); name another --html')
         print(f'{cfg.html} is written; open it in a browser', file=sys.stderr)
 
 
 if __name__ == '__main__':
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)               # sample.py | head just ends
     sys.stdout.reconfigure(errors='backslashreplace')
-    sample(configure(Config, sys.argv[1:])[0])
+    try:
+        sample(configure(Config, sys.argv[1:])[0])
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        die('out of memory; ask for fewer --num_samples, or add --device=cpu')

@@ -73,7 +73,7 @@ class Config(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_range(1, math.inf, 'max_steps', 'log_interval', 'eval_interval', 'eval_windows',
+        self.require_range(1, 2**31, 'max_steps', 'log_interval', 'eval_interval', 'eval_windows',
                            'save_interval')
         self.require_range(1, 2**16, 'batch_size', 'grad_accum_steps')
         self.require_range(0, 2**32, 'seed')
@@ -276,6 +276,7 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
         label = cfg.init_from if cfg.eval_only else 'the parent'
         at_first = measure(start.parent_model, data['val'], one, device, polled, label)
     if cfg.eval_only:
+        runs.check_finite(0, 'validation loss', at_first['val_mean'])
         return at_first
     sizes = model.count_parameters()                                # of all processes together
     runs.set_up_model(model, cfg, device, start.optimizer)
@@ -285,10 +286,11 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
         groups = optimizer.state_dict()['param_groups']             # the options are this run's
         with runs.reading(os.path.join(cfg.out_dir, 'ckpt.pt'), 'name another --out_dir'):
             optimizer.load_state_dict({'state': start.optimizer['state'], 'param_groups': groups})
-    del start                                                       # and the memory of what was read
     folder, wrapped = None, model
     if main:
-        folder = runs.begin_folder(cfg, config, model, sizes, device, meta, parent, at_first.get('val'), step)
+        folder = runs.begin_folder(cfg, config, model, sizes, device, meta, parent, at_first.get('val'), step,
+                                   new=not start.optimizer)
+    del start                                                       # and the memory of what was read
     if world > 1:       # where experts are idle, parameters get no gradient in any process
         idle = bool(cfg.moe_layers) and cfg.dispatch != 'parallel'  # there DDP ignores the experts
         wrapped = DistributedDataParallel(model, find_unused_parameters=idle)

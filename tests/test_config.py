@@ -63,7 +63,8 @@ def test_a_config_file_is_utf_8_whatever_its_comments_say(first, tmp_path):
     *((f'--{key}={value}', f'command line: {key} must be at least') for key, value in [
         ('batch_size', 0), ('dropout', 2), ('dropout', 1), ('seed', -1), ('max_steps', 0), ('n_experts', 0),
         ('learning_rate', 'inf'), ('grad_clip', 0), ('warmup_fraction', 1.5), ('beta2', 1),
-        ('eval_windows', 0), ('block_size', -3), ('balance_coef', -0.1), ('router_noise', 'nan')])])
+        ('eval_windows', 0), ('block_size', -3), ('n_embd', 2**31), ('max_steps', 10**30),
+        ('balance_coef', -0.1), ('router_noise', 'nan')])])
 def test_mistakes_end_in_one_line_and_exit_code_2(arg, message, tmp_path, capsys):
     if ' ' in arg:
         (tmp_path / 'one.py').write_text(arg, encoding='utf-8', errors='surrogateescape')

@@ -253,6 +253,12 @@ def test_mistakes_end_in_one_line_and_exit_code_2(files, message, tmp_path, caps
     refused(message, capsys, prepare.prepare, cfg)
 
 
+@pytest.mark.parametrize('source', ['', 'none', __file__])
+def test_a_source_that_is_no_folder_is_refused(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused('cannot be read (No', capsys, prepare.prepare, Config(source=source))
+
+
 @pytest.mark.parametrize('change, message', [
     ({}, 'too few for block_size=100000'),
     ({'vocab_size': 64}, 'has a token'),

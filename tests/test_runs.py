@@ -257,7 +257,7 @@ def test_nothing_is_called_collapse_before_the_first_step(cfg, capsys):
 
 
 def test_a_finished_run_ends_with_its_parent_its_dense_twin_and_itself(child, capsys, tmp_path):
-    """Read from each folder's run.json and log; runs of other parents, data or steps are no siblings."""
+    """Read from each folder's run.json and log; runs of other parents, data, steps or windows are no siblings."""
     def sibling(name, val, text=None, last='', config=(), **change):
         (folder := tmp_path / name).mkdir()
         (folder / 'run.json').write_text(text or json.dumps(mine | {'config': mine['config'] | dict(config)} | change))
@@ -273,6 +273,7 @@ def test_a_finished_run_ends_with_its_parent_its_dense_twin_and_itself(child, ca
     sibling('seed_2', 8.0, config={'seed': 2})
     for number, change in enumerate([
             dict(config={'max_steps': 6}), dict(config={'batch_size': 4}), dict(data={'domains': {}}),
+            dict(config={'eval_windows': 2}), dict(config={'block_size': 8, 'batch_size': 4}),   # other windows
             dict(parent=mine['parent'] | {'sha256': ''}), dict(parent=None, parent_val=None),
             dict(text='{"config":'), dict(text='{}'), dict(text='[]'), dict(last='}\n'),
             dict(last='{"step": 3, "loss": 1.0, "val_mean": 1.0}\n')]):        # not finished
@@ -301,6 +302,19 @@ def saying(**change):
         torch.save(torch.load(io.BytesIO(raw), weights_only=True) | change, file := io.BytesIO())
         return file.getvalue()
     return damaged(change_state)
+
+
+def reordered(cfg):
+    """The domains are as they were, in another order, by which sequences are drawn."""
+    stopped(cfg, 12)
+    state = load(cfg)
+    state['data']['domains'] = dict(reversed(state['data']['domains'].items()))
+    torch.save(state, Path(cfg.out_dir, 'ckpt.pt'))
+
+
+def without_checkpoint(cfg):
+    train.train(cfg)
+    Path(cfg.out_dir, 'ckpt.pt').unlink()
 
 
 UNUSABLE, README = 'ckpt.pt cannot be used (', str(ROOT / 'README.md')
@@ -334,7 +348,8 @@ UNUSABLE, README = 'ckpt.pt cannot be used (', str(ROOT / 'README.md')
     (saying(format=2), {}, 'has format 2, this code reads format 1'),
     (saying(extra=Path('x')), {}, UNUSABLE + "ValueError('it holds more than tensors and plain values"),
     (saying(model={}), {}, UNUSABLE + 'RuntimeError'),
-    (damaged(bytes, source='best.pt'), {}, UNUSABLE),
+    (damaged(bytes, source='best.pt'), {}, UNUSABLE), (reordered, {}, 'changed since'),
+    (without_checkpoint, {}, 'best.pt is of step 8, and there is no ckpt.pt to go on from; move it away'),
     (damaged(lambda raw: b'\0\xff{}\n', 'log.jsonl'), {}, 'log.jsonl cannot be used (')])
 def test_mistakes_end_in_one_line_and_exit_code_2(given, change, message, cfg, capsys):
     before = given and (given(cfg), files(cfg.out_dir))[1]
@@ -347,10 +362,17 @@ def test_a_disk_that_is_or_becomes_full_costs_no_checkpoint(cfg, capsys, monkeyp
     def full(state, f):
         f.write(b'half')
         raise OSError(28, 'No space left on device')
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
-        refused('has 0.1 MB of disk left, two checkpoints take', capsys, train.train, cfg)
-    stopped(cfg, 12)                                            # the folder is free again
+
+    def left(n):
+        return lambda path: shutil._ntuple_diskusage(10**9, 10**9 - n, n)
+    size = GPT(cfg).count_parameters()[0]
+    with monkeypatch.context() as patch:        # at most there are best.pt, ckpt.pt and the next ckpt.pt
+        patch.setattr(shutil, 'disk_usage', left(28 * size - 1))
+        refused(f'MB of disk left, its checkpoints take {28 * size / 1e6:.1f} MB more', capsys, train.train, cfg)
+        patch.setattr(shutil, 'disk_usage', left(28 * size))
+        stopped(cfg, 12)                                        # the folder is free again
+        patch.setattr(shutil, 'disk_usage', left(12 * size))    # what it has already is not asked for twice
+        stopped(cfg, 3)
     before = Path(cfg.out_dir, 'ckpt.pt').read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'save', full)
@@ -406,6 +428,45 @@ def test_a_second_program_in_the_folder_of_a_run_is_refused_until_it_ends(cfg, c
     with pytest.raises(runs.Stopped):
         train.train(cfg, stop=Asked())
     assert train.train(cfg)['step'] == 8
+
+
+def test_a_run_that_another_program_ends_while_the_parent_is_evaluated_is_not_begun_anew(child, capsys, monkeypatch):
+    def late(*args, **kwargs):
+        monkeypatch.undo()                      # the other program
+        train.train(child)
+        before.update(files(child.out_dir))
+        return train.measure(*args, **kwargs)
+    before = {}
+    monkeypatch.setattr(train, 'measure', late)
+    refused('another program has trained in', capsys, train.train, child)
+    assert before and files(child.out_dir) == before and train.train(child)['step'] == 5
+
+
+@pytest.mark.parametrize('error, compiled, message', [
+    (OSError(28, 'No space left on device'), False, 'what is printed could not be written; make room'),
+    (MemoryError(), False, 'the model does not fit'),
+    (torch._inductor.exc.InvalidCxxCompiler(), True, 'PyTorch cannot compile here; leave --compile=True out'),
+    (ValueError('a mistake of ours'), True, '')])
+def test_what_ends_a_program_is_said_in_one_line_unless_it_is_our_mistake(error, compiled, message, capsys,
+                                                                          monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO()))
+    if not message:
+        with pytest.raises(ValueError, match='a mistake of ours'):
+            runs.run_program(fails, train.Config(compile=compiled), set())
+        return
+    refused(message, capsys, runs.run_program, fails, train.Config(compile=compiled), set())
+
+
+def test_weights_that_are_no_numbers_are_not_evaluated_and_a_file_that_cannot_be_opened_says_why(cfg, tmp_path, capsys):
+    model = GPT(replace(cfg, moe_layers=()))
+    model.ln_f.bias.data[0] = float('nan')
+    model.save_pretrained(tmp_path / 'nan')
+    refused('the validation loss is nan', capsys, train.train,
+            replace(cfg, init_from=str(tmp_path / 'nan'), moe_layers=(), eval_only=True))
+    refused('IsADirectoryError', capsys, runs.load, str(tmp_path))
 
 
 def test_a_signal_is_kept_even_in_the_middle_of_a_print_and_the_next_one_ends_the_program(monkeypatch):

@@ -4,8 +4,12 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
+import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -235,6 +239,37 @@ def test_mistakes_end_in_one_line_and_exit_code_2(argv, message, cfg, text_of, c
     for name, ids in ('ids', 300), ('dense', 257):
         GPT(replace(cfg, moe_layers=(), vocab_size=ids)).save_pretrained(name)
     refused(message, capsys, text_of, **argv)
+
+
+@pytest.mark.parametrize('error', [MemoryError(), torch.OutOfMemoryError()])
+def test_too_many_samples_for_the_memory_end_in_one_line_and_cost_no_page(error, text_of, cfg, capsys, tmp_path,
+                                                                        monkeypatch):
+    def no_room(*args):
+        raise error
+    page = str(tmp_path / 'page.html')
+    text_of(html=page)
+    before = Path(page).read_bytes()
+    monkeypatch.setattr(GPT, 'stream', no_room)
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, 'argv', ['sample.py', f'--init_from={cfg.out_dir}', f'--html={page}', '--device=cpu'])
+    with pytest.raises(SystemExit, match='2'):
+        runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
+    assert capsys.readouterr().err.endswith('\nout of memory; ask for fewer --num_samples, or add --device=cpu\n')
+    assert Path(page).read_bytes() == before
+    monkeypatch.undo()
+    text_of(html=page, num_samples=1)
+    assert len(data_of(Path(page).read_text(encoding='utf-8'))['samples']) == 1         # and nothing of the old one
+    with pytest.raises(SystemExit, match='2'):
+        text_of(html='/dev/full')
+    assert '/dev/full cannot be written' in capsys.readouterr().err
+
+
+def test_the_last_mixture_gives_the_colours_in_whatever_order_they_are_named(cfg, capsys):
+    train.train(replace(cfg, max_steps=1, moe_layers=(1, 0)))
+    capsys.readouterr()
+    sample.sample(sample.Config(init_from=cfg.out_dir, color='always', device='cpu'))
+    assert 'layer 1 ' in (out := capsys.readouterr().out) and 'layer 0 ' not in out
 
 
 def test_weights_that_are_no_numbers_are_refused(cfg, text_of, capsys, tmp_path):
