@@ -500,10 +500,16 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
             '--precision=bf16, or --dispatch=triton')
     if cfg.dispatch == 'parallel' and model.mixtures():
         from scale.parallel import spread
-        if model.config.n_experts % dist.get_world_size():
-            die(f'n_experts={model.config.n_experts} cannot be spread over {dist.get_world_size()} '
+        n = len(next(iter(model.mixtures().values())).experts)          # of all slices
+        if n % dist.get_world_size():
+            die(f'{n} experts cannot be spread over {dist.get_world_size()} '
                 'processes; start a number that divides it')
         spread(model, optimizer)
+    widths = {n for moe in model.mixtures().values() for n in moe.experts[0].c_fc.weight.shape}
+    bytes_each = 2 if cfg.precision == 'bf16' else 4
+    if cfg.dispatch == 'grouped' and any(n * bytes_each % 16 for n in widths):
+        die(f'grouped products need rows of whole 16 bytes, and experts are {min(widths)} x {max(widths)} here; set '
+            'another --n_embd, or --dispatch=loop')
     model.to(device).train()
     model.recompute = cfg.recompute
     if cfg.dispatch == 'grouped':
@@ -531,7 +537,7 @@ def out_of_memory(error: Exception) -> bool:
 
 def smaller_batch(cfg: GPTConfig, error: RuntimeError, step: int) -> GPTConfig:
     """cfg with micro-batches half as large (1 of an odd number), and more of them: the same
-    sequences. Balance loss, dropout and noise are of each micro-batch, so they become others.
+    sequences. Balance loss, dropout, noise and what capacity drops are of each micro-batch, so they become others.
 
     Raises an error that is another than running out of memory. Dies if a batch cannot be halved.
     """
@@ -672,7 +678,8 @@ def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: GPTCon
             cells = [f'{bar}{100 * s:3.0f}' for bar, s in zip(bars, shares)] if len(bars) <= 16 else [''.join(bars)]
             print(f'    layer {layer:>2} {domain:>10.10} ', *cells)
         mean = np.mean(list(of_domain.values()), axis=0)
-        most = min(1.0, max(mean) * cfg.experts_per_token)      # of the tokens, not of the choices
+        slices = len(mean) // cfg.n_experts                     # each of which sends a token somewhere
+        most = min(1.0, max(mean) * cfg.experts_per_token * slices)     # of the tokens, not of the choices
         if warn and most > even + 0.5 * (1 - even):             # more than half way from even to all
             print(f'    WARNING: in layer {layer} expert {mean.argmax()} takes {most:.0%} '
                   'of the tokens (collapse)')

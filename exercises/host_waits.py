@@ -35,9 +35,18 @@ class Waits(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, '__name__', '')
-        self.count += (name in ('tolist', 'item', '__float__', '__int__', '__bool__', 'cpu', 'nonzero')
-                       or name == 'where' and len(args) == 1)
+        index = args[1] if name in ('__getitem__', '__setitem__') else ()
+        self.count += (name in ('tolist', 'item', '__float__', '__int__', '__bool__', 'cpu', 'nonzero', 'masked_select')
+                       or name == 'where' and len(args) == 1
+                       or any(map(asks, index if type(index) is tuple else (index,))))
         return function(*args, **(kwargs or {}))
+
+
+def asks(index) -> bool:
+    """Whether a size depends on its numbers: of a mask, and of a slice or a place that a tensor names."""
+    if isinstance(index, slice):
+        return any(isinstance(end, torch.Tensor) for end in (index.start, index.stop, index.step))
+    return isinstance(index, torch.Tensor) and (index.dtype == torch.bool or index.dim() == 0)
 
 
 def mistral_loop(experts, x, routing):

@@ -13,6 +13,7 @@ import copy
 import gc
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -541,19 +542,29 @@ def main(cfg: Config) -> dict:
         name = torch.cuda.get_device_name(device)
     report = {'device': name, 'torch': torch.__version__, 'threads': threads, 'parts': {}}
     print(f'{name}, torch {torch.__version__}, {threads} threads')
-    write(report, cfg.json)                             # now rather than minutes later, if it cannot be
+    check_json(cfg.json)                                # now rather than minutes later, if it cannot be
     for part in list(filter(None, cfg.only.split(','))) or PARTS:
         report['parts'] |= PARTS[part](cfg, device)
         write(report, cfg.json)
     return report
 
 
-def write(report: dict, path: str) -> None:
-    """Writes the rows so far; '' is nowhere."""
+def check_json(path: str) -> None:
+    """Ends the program if a file could not be written there. What is in it stays."""
     if path:
         try:
-            with open(path, 'w', encoding='utf-8') as f:
+            open(path, 'a', encoding='utf-8').close()
+        except OSError as error:
+            die(f'{path} cannot be written ({error}); name another --json')
+
+
+def write(report: dict | list, path: str) -> None:
+    """Writes the rows so far beside the file, then puts it in its place; '' is nowhere."""
+    if path:
+        try:
+            with open(path + '.tmp', 'w', encoding='utf-8') as f:
                 json.dump(report, f, indent=1)
+            os.replace(path + '.tmp', path)
         except OSError as error:
             die(f'{path} cannot be written ({error}); name another --json')
 

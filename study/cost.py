@@ -136,7 +136,7 @@ def main(cfg: Config) -> tuple[list[dict], list[dict]]:
         with open(cfg.json, encoding='utf-8') as f:
             report = json.load(f)
         cost = Cost(report['parts'])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         die(f'{cfg.json} cannot be used ({error!r}); make it with python -m study.bench '
             '--only=launches,rates,layer --json=bench.json')
     rows = []

@@ -427,10 +427,11 @@ def print_tables(cfg: Config) -> None:
     if cfg.arms:
         of = {'scale': cfg.scale, 'parent': cfg.init_from or cfg.parent or 'own'}
         steps = base_config(cfg.scale).max_steps * cfg.steps
-        rows = [row for row in pick(rows, **of, steps=steps) if row['arm'] in cfg.arms.split(',')]
-    if not rows:
+        rows = [row for row in pick(rows, **of) if row['steps'] == steps or row['clock']]
+    shown = {*cfg.arms.split(',')} - {''}
+    if not rows or shown and not any(row['arm'] in shown for row in rows):
         die(f'{cfg.results} holds no such rows; python -m study.experiment makes them')
-    print(tables(rows, known, read_rows(cfg.times, TIME_KEY)))
+    print(tables(rows, known, read_rows(cfg.times, TIME_KEY), shown))
     for scale in sorted({row['scale'] for row in rows} if not cfg.arms else ()):
         missing = arms(base_config(scale)).keys() - {row['arm'] for row in pick(rows, scale=scale)}
         print(f'\nNot run at all, {scale}: {", ".join(sorted(missing)) or "nothing"}.')

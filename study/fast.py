@@ -26,7 +26,7 @@ import torch
 from config import configure, die
 from model import GPT, GPTConfig, load_balance_loss
 from runs import out_of_memory, set_up_model
-from study.bench import DATA, FLAGSHIP, interleave, show
+from study.bench import DATA, FLAGSHIP, check_json, interleave, show, write
 
 GROUPED = {'precision': 'bf16', 'dispatch': 'grouped'}
 WAYS = {        # the keys of train.py by which a step gets faster
@@ -180,13 +180,12 @@ def main(cfg: Config) -> None:
         print(json.dumps(parent_rows(first, cfg.repeats) if not rest else
                          [step_row(first, rest[0], cfg.repeats)]))
         return
+    check_json(cfg.json)
     print(f'{torch.cuda.get_device_name()}, torch {torch.__version__}, {os.cpu_count()} CPU cores')
     each = cfg.parents.split(',') if cfg.table == 'parents' else map(
         ','.join, product(cfg.splits.split(','), cfg.ways.split(',')))
     rows = [row for one in each for row in alone(one, cfg.repeats)]
-    if cfg.json:
-        with open(cfg.json, 'w', encoding='utf-8') as f:
-            json.dump(rows, f, indent=1)
+    write(rows, cfg.json)
     if rows and cfg.table == 'parents':
         show('a step of 2x4 with 8 experts in the last four layers', rows,
              'GB: the most that PyTorch held; fits: the cards with 0.6 GB more than that.')

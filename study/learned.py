@@ -1,6 +1,6 @@
 """What a mixture's choice of expert tells: the domain, the token, the token's kind in Python.
 
-    python -m study.learned                             ten tokens that each expert takes most, of top1's first row
+    python -m study.learned                             ten tokens that each expert takes most, of top1's seed 0
     python -m study.learned --arm=top2 --scale=gpt2     of another
 """
 
@@ -158,16 +158,18 @@ def most_taken(taken: np.ndarray, token: np.ndarray, encoding: tiktoken.Encoding
 class Config:
     scale: str = 'tiny'         # one of study.experiment's
     arm: str = 'top1'           # one that the experiment looked into
+    seed: int = 0               # of its runs of the fewest steps, that with the lowest loss
     results: str = COMMITTED    # where the rows are
 
 
 def main(cfg: Config) -> None:
-    """Prints the ten tokens that each expert takes most, at the arm's lowest loss."""
-    rows = [row for row in pick(read_rows(cfg.results), scale=cfg.scale, arm=cfg.arm) if row.get('learned')]
+    """Prints the ten tokens that each expert takes most."""
+    what = {'scale': cfg.scale, 'arm': cfg.arm, 'seed': cfg.seed, 'parent': 'own'}
+    rows = [row for row in pick(read_rows(cfg.results), **what) if row.get('learned')]
     if not rows:
-        die(f'{cfg.results} holds no row that tells what {cfg.arm} learned at the scale {cfg.scale}; '
-            f'python -m study.experiment --scale={cfg.scale} --arms={cfg.arm} makes one')
-    row = min(rows, key=lambda row: row['val_mean'])
+        die(f'{cfg.results} holds no row that tells what {cfg.arm} learned at the scale {cfg.scale} with seed '
+            f'{cfg.seed}; the experiment looks into a few arms, as top1, top2, sliced4_all and balanced_all')
+    row = min(rows, key=lambda row: (row['steps'], row['val_mean']))
     print(f'{cfg.arm}, seed {row["seed"]}, {row["steps"]} steps at {row["lr"]:g}: the ten tokens that each expert '
           'takes most, and which part of their occurrences it takes')
     for layer, facts in row['learned'].items():

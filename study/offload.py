@@ -45,8 +45,10 @@ class Config:
 
 def load_mapped(path: str) -> tuple[GPT, dict]:
     """A checkpoint's model, each tensor a piece of the mapped file, and the checkpoint."""
-    saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    if not saved['config']['moe_layers']:
+    with runs.reading(path):
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        dense = not saved['config']['moe_layers']
+    if dense:
         die(f'{path} has no mixtures; name the run of one with --init_from')
     with torch.device('meta'):
         model = routers.build(runs.shape_of(saved), getattr(routers, saved.get('mixture', 'MoE')))

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Collection
 from operator import itemgetter
 from statistics import fmean, median
 from typing import NamedTuple
@@ -112,6 +113,7 @@ class Result(NamedTuple):
     bracketed: bool
     rows: list[dict]                # at that rate, by seed
     differences: list[float] = []   # of a row's loss to that of the twin with its seed and parent
+    against: float | None = None    # the mean of these twins' losses
     half: float | None = None       # of the 95% interval around their mean
 
 
@@ -147,10 +149,12 @@ def with_intervals(found: dict[str, Result]) -> tuple[dict[str, Result], str]:
     return found, f'pooled spread {s:.4f}, {df} degrees of freedom, t = {t:.2f}'
 
 
-def beside(rows: list[dict], twins: list[dict]) -> list[float]:
-    """The differences of rows to the twins with their seeds and parents."""
+def beside(result: Result, rows: list[dict], twins: list[dict]) -> Result:
+    """result with the differences of rows to the twins with their seeds and parents."""
     loss = {(row['seed'], row['sha256']): row['val_mean'] for row in twins}
-    return [row['val_mean'] - loss[key] for row in rows if (key := (row['seed'], row['sha256'])) in loss]
+    pairs = [(row['val_mean'], loss[key]) for row in rows if (key := (row['seed'], row['sha256'])) in loss]
+    return result._replace(differences=[its - twins_ for its, twins_ in pairs],
+                           against=fmean(twins_ for _, twins_ in pairs) if pairs else None)
 
 
 def at_best(rows: list[dict], known: list[dict], of: dict, arm: str) -> Result:
@@ -164,8 +168,7 @@ def results(rows: list[dict], known: list[dict], of: dict) -> tuple[dict[str, Re
     names = {row['arm'] for row in pick(rows, **of)} - {COUNTS}
     found = {name: at_best(rows, known, of, name) for name in sorted(names)}
     twins = found['twin'].rows if 'twin' in found else []
-    found = {name: r if name == 'twin' else r._replace(differences=beside(r.rows, twins))
-             for name, r in found.items() if r.rows}
+    found = {name: r if name == 'twin' else beside(r, r.rows, twins) for name, r in found.items() if r.rows}
 
     def order(name: str) -> tuple:
         return name != 'twin', fmean(found[name].differences or [math.inf])
@@ -182,11 +185,16 @@ def by_clock(rows: list[dict], known: list[dict], times: list[dict], of: dict,
              found: dict[str, Result]) -> tuple[dict[str, Result], str]:
     """{arm: the Result of the twin with as many steps as the arm's time allows, but with the differences of the
     arm to it}; what intervals rest on."""
-    clocked = {}
+    clocked, others = {}, {key: value for key, value in of.items() if key != 'steps'}
     for name, ratio in ratios(times, of).items():
-        twin = at_best(rows, known, of | {'steps': round(of['steps'] * ratio)}, 'twin')
-        if name in found and name != 'twin' and twin.rows:
-            clocked[name] = twin._replace(differences=beside(found[name].rows, twin.rows))
+        steps = of['steps'] * ratio
+        # a time that is measured again is another, and the twin's run for the old one is still about as long
+        ran = {row['steps'] for row in pick(rows, **others, arm='twin', clock=name)} | {round(steps)}
+        near = [n for n in ran if abs(n - steps) < 0.1 * steps]
+        for n in sorted(near, key=lambda n: abs(n - steps)):
+            twin = at_best(rows, known, of | {'steps': n}, 'twin')
+            if name in found and name != 'twin' and twin.rows and name not in clocked:
+                clocked[name] = beside(twin, found[name].rows, twin.rows)
     return with_intervals(clocked)
 
 
@@ -197,7 +205,7 @@ def markdown(head: list[str], body: list[list[str]]) -> str:
     return '\n'.join('| ' + ' | '.join(cells) + ' |' for cells in lines)
 
 
-def difference_cell(result: Result, twins: list[dict]) -> str:
+def difference_cell(result: Result) -> str:
     """The differences per seed, their mean and its interval."""
     if not result.differences:
         return 'no twin has its parent and seed'
@@ -205,8 +213,7 @@ def difference_cell(result: Result, twins: list[dict]) -> str:
     said = f'{mean:+.4f}' + (f' ± {half:.4f}' if half is not None else ' (no interval)')
     if half is not None and abs(mean) <= half:
         said = f'not resolved: {said}'
-    part = mean / fmean(row['val_mean'] for row in twins)
-    return f'**{said}** ({part:+.1%}); ' + ' '.join(f'{d:+.4f}' for d in result.differences)
+    return f'**{said}** ({mean / result.against:+.1%}); ' + ' '.join(f'{d:+.4f}' for d in result.differences)
 
 
 def rates_cell(losses: dict[float, float], result: Result) -> str:
@@ -245,8 +252,10 @@ def cost_cell(name: str, row: dict, times: list[dict]) -> str:
 
 def learned_line(name: str, layer: str, rows: list[dict], what: list[str]) -> list[str]:
     """A mixture's line of what its choices tell."""
-    at, end = list(rows[0]['learned']).index(layer), rows[0]['learned'][layer]['entropy']
-    curve = [noted[at] for noted in rows[0]['entropy']] + [end]
+    # of a seed whose router was looked at: old rows lack it, and hashes have none
+    row = next((row for row in rows if row['learned'][layer]['entropy'] is not None), rows[0])
+    at, end = list(row['learned']).index(layer), row['learned'][layer]['entropy']
+    curve = [noted[at] for noted in row['entropy']] + [end]
     cells = [f'{name}, {layer}', '-' if end is None else ' '.join(f'{bits:.2f}' for bits in curve)]
     for each in what:
         bits, shuffled = np.mean([row['learned'][layer][each] for row in rows], axis=0)
@@ -254,16 +263,18 @@ def learned_line(name: str, layer: str, rows: list[dict], what: list[str]) -> li
     return cells
 
 
-def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
+def tables(rows: list[dict], known: list[dict], times: list[dict], shown: Collection[str] = ()) -> str:
     """Every comparison: its results, the twin by the clock, and what its experts learned; then what the arms
-    are and what was not run. known: all rows by which best rates are known."""
+    are and what was not run. known: all rows by which best rates are known. shown: arms, all if there are none."""
     parts = []
     for of in comparisons(rows):
         found, rest_on = results(rows, known, of)
+        clocked, clock_rests_on = by_clock(rows, known, times, of, found)
+        if shown:
+            found, clocked = ({name: r for name, r in each.items() if name in shown} for each in (found, clocked))
         if not found:
             continue
-        every = pick(rows, **of)
-        twins = found['twin'].rows if 'twin' in found else []
+        every = [row for row in pick(rows, **of) if not shown or row['arm'] in shown]
         hours = sum(row.get('seconds', 0) for row in every) / 3600
         short = SHORT.get(of['scale'], of['steps'])
         parts += ['**{scale}, {steps:,} steps of {tokens:,} tokens, parent {parent}, data {data}:** '.format(**of) +
@@ -275,18 +286,18 @@ def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
             ['arm', 'rate: loss, seed 0', 'loss at the best rate', 'to the twin; per seed',
              'M parameters: active of all; a step, x twin'],
             [[name, rates_cell(tried(known, of, name), r), loss_cell(r.rows),
-              '' if name == 'twin' else difference_cell(r, twins), cost_cell(name, r.rows[0], times)]
+              '' if name == 'twin' else difference_cell(r), cost_cell(name, r.rows[0], times)]
              for name, r in found.items()]))
         for row in pick(every, arm=COUNTS):
             parts.append(f'{COUNTS}, which counts and does not train: {row["val_mean"]:.4f}.')
-        clocked, rest_on = by_clock(rows, known, times, of, found)
         if clocked:
-            parts += [f'By the clock, beside the twin with as many steps as the arm takes time. Intervals: {rest_on}.',
+            parts += ['By the clock, beside the twin with as many steps as the arm takes time. Intervals: '
+                      f'{clock_rests_on}.',
                       markdown(['arm', "the twin's steps", 'its rates: loss, seed 0', 'its loss',
                                 "the arm's loss less it; per seed"],
                                [[name, f'{r.rows[0]["steps"]:,}',
                                  rates_cell(tried(known, of | {'steps': r.rows[0]['steps']}, 'twin'), r),
-                                 loss_cell(r.rows), difference_cell(r, r.rows)] for name, r in clocked.items()])]
+                                 loss_cell(r.rows), difference_cell(r)] for name, r in clocked.items()])]
         seen = {name: r.rows for name, r in found.items() if r.rows[0].get('learned')}
         if seen:
             what = ['domain', 'token', 'kind']
@@ -296,6 +307,7 @@ def tables(rows: list[dict], known: list[dict], times: list[dict]) -> str:
                       markdown(['arm, layer', 'entropy', *what],
                                [learned_line(name, layer, its, what) for name, its in seen.items()
                                 for layer in its[0]['learned']])]
+    rows = [row for row in rows if not shown or row['arm'] in shown]
     arms = {row['arm'].removesuffix('_all'): row['what'] for row in rows if row['arm'] != COUNTS}
     what = [[name, said] for name, said in sorted(arms.items())]
     parts.append(markdown(['arm (_all: in all layers)', 'what it is (classes: `study/routers.py`)'], what))

@@ -78,3 +78,16 @@ def test_the_bench_of_the_keys_says_in_one_line_what_it_needs_and_which_rows_the
         fast.Config(ways='loop,slow')
     for keys in (fast.WAYS | fast.GRAPHS).values():
         replace(fast.FLAGSHIP, **keys)                          # keys and values that train.py has
+
+
+def test_an_interrupted_bench_leaves_the_rows_that_were_there(tmp_path, monkeypatch, capsys):
+    def interrupted(cfg, device):
+        raise KeyboardInterrupt
+    (path := tmp_path / 'rows.json').write_text('old')
+    monkeypatch.setattr(bench, 'PARTS', {'step': interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(bench.Config(json=str(path), device='cpu'))
+    assert path.read_text() == 'old'
+    refused('cannot be written', capsys, bench.main, bench.Config(json=str(tmp_path / 'no/rows.json'), device='cpu'))
+    bench.write([1], str(path))
+    assert json.loads(path.read_text()) == [1] and [*tmp_path.iterdir()] == [path]

@@ -68,5 +68,6 @@ def test_a_file_without_what_it_needs_is_refused_in_one_line(tables, tmp_path, c
     del tables['rates']
     path = tmp_path / 'bench.json'
     path.write_text(json.dumps({'device': 'a GPU', 'parts': tables}))
-    for name in (str(path), str(tmp_path / 'none.json')):
+    (tmp_path / 'rows.json').write_text('[1]')                      # rows of something else
+    for name in (str(path), str(tmp_path / 'none.json'), str(tmp_path / 'rows.json')):
         refused('python -m study.bench --only=launches,rates,layer', capsys, cost.main, cost.Config(json=name))

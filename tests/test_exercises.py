@@ -59,6 +59,15 @@ def by_sorting(experts, x, routing):
     return sorted_loop(experts, x, routing)
 
 
+def by_masks(experts, x, routing):
+    y = torch.zeros_like(x)
+    for i, expert in enumerate(experts):
+        for slot in range(routing.experts.shape[1]):
+            mask = routing.experts[:, slot] == i
+            y[mask] += routing.weights[mask, slot, None] * expert(x[mask])
+    return y
+
+
 def skipping(experts, x, routing):
     weights = x.new_zeros(len(x), len(experts)).scatter(1, routing.experts, routing.weights)
     return sum(weights[:, i:i + 1] * experts[i](x) for i in range(3))
@@ -109,6 +118,7 @@ MISTAKES = [
     ('host_waits', {'FORWARD': 32}, 'once for all'), ('host_waits', {'MISTRAL': 8}, 'how many layers'),
     ('host_waits', {'STEP': 16}, 'one more number'),
     ('dispatch', {'mine': by_sorting}, 'the host waited'), ('dispatch', {'mine': unweighted}, 'weights are missing'),
+    ('dispatch', {'mine': by_masks}, 'the host waited'),
     ('dispatch', {'mine': skipping}, 'no gradient at all'),
     ('dispatch', {'mine': lambda *_: None}, 'return a tensor'),
     ('resume', {'FLAGS': '--batch_size=2 --grad_accum_steps=2 --resume=True'}, 'at once'),
@@ -149,5 +159,9 @@ def test_waits_counts_what_waits_and_nothing_else():
     x = torch.ones(3)
     with Waits() as waits:
         x.tolist(), x.sum().item(), float(x[0]), bool(x.any()), torch.where(x > 0), x.nonzero(), x.cpu()
-        torch.where(x > 0, x, x), x[torch.tensor([0, 1])], x.sum(), len(x), x.shape
+        torch.where(x > 0, x, x), x[torch.tensor([0, 1])], x[1:], x[..., 0], x.sum(), len(x), x.shape
     assert waits.count == 7
+    with Waits() as waits:
+        x[x > 0], x[torch.tensor(1)], x[:torch.tensor(2)], x.masked_select(x > 0)
+        x[x > 0] = 1.0
+    assert waits.count == 5

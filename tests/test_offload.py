@@ -124,6 +124,9 @@ def test_the_report_of_a_trained_run_has_every_way_with_the_same_tokens(cfg, cap
     assert 'layer 1: guessed' in lines[-1]
     train.train(replace(cfg, moe_layers=(), max_steps=1, out_dir=cfg.out_dir + '2'))
     refused('has no mixtures', capsys, report, Config(init_from=cfg.out_dir + '2', device='cpu'))
+    for foreign in {'a': 1}, [1]:
+        torch.save(foreign, f'{cfg.out_dir}2/best.pt')
+        refused('best.pt cannot be used', capsys, report, Config(init_from=cfg.out_dir + '2', device='cpu'))
 
 
 def test_a_checkpoint_that_is_older_than_a_key_of_the_config_is_mapped_too():

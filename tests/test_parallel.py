@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import runs
+import scale.parallel
 import train
 from conftest import ROOT, Logged, assert_same, load, log, refused
 from model import GPT, GPTConfig, MoE
@@ -139,7 +140,12 @@ def test_what_cannot_be_spread_is_refused_in_one_line(capsys, monkeypatch):
     c = replace(BASE, dispatch='parallel', n_experts=5)
     refused('spreads experts over processes and this is one', capsys, train.train, c)
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
-    refused('n_experts=5 cannot be spread over 2 processes', capsys, runs.set_up_model, GPT(c), c, 'cpu')
+    refused('5 experts cannot be spread over 2 processes', capsys, runs.set_up_model, GPT(c), c, 'cpu')
+    spread, sliced = [], replace(c, n_experts=1, experts_per_token=1, router='ngram')    # 4 slices of one each
+    with monkeypatch.context() as patch:
+        patch.setattr(scale.parallel, 'spread', lambda model, optimizer: spread.append(model))
+        runs.set_up_model(GPT(sliced), sliced, 'cpu')
+    assert spread
     monkeypatch.setenv('WORLD_SIZE', '2')
     refused('compile was not tried', capsys, train.train, replace(c, compile=True))
 

@@ -233,7 +233,9 @@ def test_another_routers_run_is_neither_continued_nor_upcycled_by_this_one(cfg, 
     ([.7, .1, .1, .1], 1, ['expert 0 takes 70% of the tokens']),
     ([.0, .5, .5, .0], 1, ['no token goes to expert 0 3']),
     ([.3, .4, .2, .1], 2, ['expert 1 takes 80% of the tokens']),
-    ([.31, .25, .24, .2], 2, [])])                              # even is 50% of the tokens
+    ([.31, .25, .24, .2], 2, []),                               # even is 50% of the tokens
+    ([.5, 0, 0, 0, .125, .125, .125, .125], 1,                  # two slices of four, each token in both
+     ['expert 0 takes 100% of the tokens', 'no token goes to expert 1 2 3'])])
 def test_collapse_and_idle_experts_are_called_out(share, k, warnings, capsys):
     cfg = train.Config(n_experts=4, experts_per_token=k)
     runs.print_evaluation('step 1', {'a': 1.0, 'b': 3.0}, {'2': {'a': share, 'b': share}}, cfg)

@@ -111,6 +111,16 @@ def test_what_a_graph_cannot_hold_and_an_older_gpu_cannot_do_is_refused_in_one_l
         assert runs.set_up_device(c) == 'cuda'
 
 
+@pytest.mark.parametrize('precision, n_embd, refuses', [
+    ('fp32', 6, True), ('fp32', 12, False), ('bf16', 12, True), ('bf16', 16, False)])
+def test_grouped_products_are_refused_for_rows_that_are_not_whole_16_bytes(precision, n_embd, refuses, cfg, capsys):
+    c = replace(cfg, dispatch='grouped', precision=precision, n_embd=n_embd)
+    if refuses:
+        refused('set another --n_embd, or --dispatch=loop', capsys, runs.set_up_model, GPT(c), c, 'cpu')
+    else:
+        runs.set_up_model(GPT(c), c, 'cpu')
+
+
 @pytest.mark.parametrize('change, message', [
     (dict(dispatch='loop'), 'add --dispatch=triton'),
     (dict(dispatch='grouped', precision='fp32'), '--precision=bf16, or --dispatch=triton')])

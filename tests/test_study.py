@@ -23,8 +23,8 @@ from model import Routing
 from prepare import get_encoding, load_data
 from study import draw, experiment, learned
 from study.learned import Entropy, mutual_information, token_kinds
-from study.rows import (TIME_KEY, add_row, best_rate, comparisons, next_rate, read_rows, results, students_t, tables,
-                        tried)
+from study.rows import (TIME_KEY, add_row, best_rate, comparisons, learned_line, next_rate, read_rows, results,
+                        students_t, tables, tried)
 
 VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or ROOT / '../shared/tiktoken')
 
@@ -72,7 +72,9 @@ def test_intervals_rest_on_the_spread_pooled_over_the_arms_and_pair_what_shares_
     assert '**1.7500** (a 1.750; training text 1.550 of 2; runs: 4)' in lines['a'] and 'training' not in lines['b']
     assert 'not resolved: +0.0200 ± 0.0260' in lines['b'] and '-0.1000 -0.0900 -0.1100' in lines['a']
     assert '**-0.1000 ± 0.0212** (-4.8%)' in lines['a'] and 'no twin has its parent and seed' in lines['d']
-    assert 'not bracketed' in lines['a']
+    assert 'not bracketed' in lines['a'] and '(-25.0%)' in lines['c']                   # of its own twin's 2.0
+    alone = tables(rows, rows, [], {'a'}).splitlines()                                  # beside all that it is without
+    assert lines['a'] in alone and not any(line.startswith(('| b |', '| twin |')) for line in alone)
     rows += [row('e', 0, 3.0, sha256=parent) for parent in ('p', 'q', 'r')]             # three runs of one seed
     assert 'unread' not in tables([*rows, rows[0] | {'unread_mean': 1.25}], rows, [])      # of one of several runs
     told = tables([row | {'other_mean': 3.5} for row in rows], rows, [])
@@ -258,6 +260,13 @@ def test_time_gives_the_twin_by_the_clock_its_steps_and_the_table_both_differenc
     by_clock = f'{by["top1", 4] - by["twin", 6]:+.4f} (no interval)'
     assert any(line.startswith('| top1 | 6 |') and by_clock in line for line in printed.splitlines())
     assert printed.count('| twin |') == 2 and '3.0 ms, 1.50' in printed         # the table, and what the arms are
+    for ms, there in ((3.3, True), (4.0, False)):                               # measured again: 6.6 and 8 steps
+        add_row('t.json', time | {'ms': ms, 'twin_ms': 2.0}, TIME_KEY)
+        experiment.main(replace(one, arms='top1', table=True), [])
+        printed = capsys.readouterr().out
+        assert (by_clock in printed and '| top1 | 6 |' in printed) == there
+        assert f'{by["top1", 4] - by["twin", 4]:+.4f} (no interval)' in printed and '| twin |' not in printed
+    refused('holds no such rows', capsys, experiment.main, replace(one, arms='top2', table=True), [])
 
 
 def test_longer_runs_larger_batches_and_longer_parents_are_other_rows(small):
@@ -317,7 +326,19 @@ def test_what_an_arm_learned_is_told_from_its_row(small, capsys):
     learned.main(learned.Config(results='r.json'))
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 8 and all(re.match(r"layer 1 expert \d:  ('.*' \d+%|none)", line) for line in lines)
+    for other in {'seed': 1}, {'steps': 8}:                     # a lower loss of another seed or of longer runs
+        add_row('r.json', row | {'val_mean': 0.1} | other)
+    for seed in 0, 1:
+        learned.main(learned.Config(results='r.json', seed=seed))
+        assert capsys.readouterr().out.startswith(f'top1, seed {seed}, 4 steps')
     refused('no row that tells what top2 learned', capsys, learned.main, learned.Config(arm='top2', results='r.json'))
+
+
+def test_a_routers_entropy_is_of_the_first_seed_in_which_it_was_measured():
+    old, new = ({'learned': {'1': {'entropy': end, 'domain': [bits, 0.0]}}, 'entropy': curve}
+                for end, bits, curve in ((None, 0.1, []), (2.5, 0.3, [[2.9], [2.7]])))
+    assert learned_line('a', '1', [old, new], ['domain']) == ['a, 1', '2.90 2.70 2.50', '0.20 (0.00)']
+    assert learned_line('a', '1', [old], ['domain']) == ['a, 1', '-', '0.10 (0.00)']
 
 
 @pytest.mark.parametrize('change, expected', [
