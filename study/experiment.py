@@ -137,7 +137,8 @@ class Arm(NamedTuple):
 
 
 def arms(base: train.Config) -> dict[str, Arm]:
-    """Every arm of a scale: mixtures in the scale's own layers, and in all of them by the name with _all."""
+    """Every arm of a scale: mixtures in the scale's own layers, in all of them by the name with _all, and two in the
+    first alone."""
     two, dense, unbalanced = {'experts_per_token': 2}, {'moe_layers': ()}, {'balance_coef': 0.0}
     kinds = {       # one expert per token, of a slice
         'frozen': routers.Frozen, 'slow_router': routers.SlowRouter, 'embedding': routers.ReadsEmbedding,
@@ -160,7 +161,8 @@ def arms(base: train.Config) -> dict[str, Arm]:
     mixtures |= {f'{name}_top2': Arm(two, kinds[name]) for name in ('frozen', 'embedding', 'dropped')}
     everywhere = {'moe_layers': tuple(range(base.n_layer))}
     in_all = {f'{name}_all': arm._replace(change=arm.change | everywhere) for name, arm in mixtures.items()}
-    return ({'twin': Arm(dense)} | mixtures | in_all |
+    first = {f'{name}_first': Arm({'moe_layers': (0,)}, kinds[name]) for name in ('sliced_ngram', 'half1223')}
+    return ({'twin': Arm(dense)} | mixtures | in_all | first |
             {'ngram_embedding': Arm(dense, model=controls.NGramEmbedding), COUNTS: Arm(dense)})
 
 
