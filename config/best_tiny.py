@@ -2,7 +2,8 @@
 #   python train.py config/tiny_dense.py        the parent, first
 #   python train.py config/best_tiny.py
 # Rows: study/RESULTS.md, arm sliced_ngram_all. (On a 64th of this text, which 500 steps read 2 to 10 times, 5e-4 was
-# its best --learning_rate, on a 16th still 4e-3.)
+# its best --learning_rate, on a 16th still 4e-3.) --moe_layers=0, the first layer alone, keeps three quarters of the
+# lead and takes 1.1 instead of 1.4 times the dense twin's time on one thread, on two 1.4 instead of 2.8.
 from config.tiny import *
 
 out_dir = 'out/best_tiny'
