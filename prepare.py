@@ -168,11 +168,11 @@ def folder_domains(cfg: Config) -> dict[str, tuple]:
     """{domain: (its source, its split)}; every *.txt of the folder is a domain."""
     domains = {}
     try:
-        names = sorted(name for name in os.listdir(cfg.source) if name.endswith('.txt'))
+        paths = sorted(Path(cfg.source, name) for name in os.listdir(cfg.source) if name.endswith('.txt'))
     except OSError as error:
         die(f'{cfg.source}: cannot be read ({error.strerror}); name a folder of *.txt, or --source=local, which needs '
             'no files')
-    for path in (Path(cfg.source, name) for name in names):
+    for path in paths:
         name = path.stem.lower()
         if not re.fullmatch('[a-z0-9_]+', name) or name in domains:
             die(f'{path}: a domain is named by letters, digits and _ only, each differently; '

@@ -203,7 +203,7 @@ def lock(out_dir: str) -> int:
 
 
 def check_disk(out_dir: str, parameters: int) -> None:
-    """While a checkpoint is written, the one before it and best.pt are there: 12 + 12 + 4 bytes each."""
+    """While a checkpoint is written, the one before it and best.pt are there: 12 + 12 + 4 bytes a parameter."""
     there = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'best.pt'))
     needed = 28 * parameters - sum(map(os.path.getsize, filter(os.path.exists, there)))
     free = shutil.disk_usage(out_dir).free
@@ -249,7 +249,8 @@ def open_run(cfg: GPTConfig, explicit: set[str], meta: dict, data: dict[str, np.
     elif cfg.resume:
         die(f'{cfg.out_dir} holds no run to resume; leave --resume=True out to begin one')
     else:
-        start, best = new_run(cfg, explicit, data, build), os.path.join(cfg.out_dir, 'best.pt')
+        start = new_run(cfg, explicit, data, build)
+        best = os.path.join(cfg.out_dir, 'best.pt')     # of a run whose ckpt.pt is gone: it would be written over
         if os.path.exists(best) and not cfg.eval_only and (step := load(best)['step']):
             die(f'{best} is of step {step}, and there is no ckpt.pt to go on from; move it away to begin again, '
                 'or name another --out_dir')
@@ -407,6 +408,7 @@ def begin_folder(cfg: GPTConfig, config: dict, model: GPT, sizes: tuple[int, int
     """Locks the run's folder, writes run.json, cuts the log back to the checkpoint. Prints sizes.
 
     sizes: the parameters of the whole model and those active for a token; this process may have fewer.
+    new: the folder held no run when open_run looked, before the parent was evaluated.
     """
     total, active = sizes
     mb = 4 * sum(p.numel() for p in model.parameters()) / 1e6
@@ -498,6 +500,13 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
     if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'grouped' and cfg.precision != 'bf16':
         die('outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
             '--precision=bf16, or --dispatch=triton')
+    if cfg.dispatch == 'grouped':
+        size = 2 if cfg.precision == 'bf16' else 4
+        for moe in model.mixtures().values():
+            hidden, channels = moe.experts[0].c_fc.weight.shape
+            if hidden * size % 16 or channels * size % 16:
+                die(f'grouped products need rows of whole 16 bytes, and experts are {channels} x {hidden} here; set '
+                    'another --n_embd, or --dispatch=loop')
     if cfg.dispatch == 'parallel' and model.mixtures():
         from scale.parallel import spread
         n = len(next(iter(model.mixtures().values())).experts)          # of all slices
@@ -505,11 +514,6 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
             die(f'{n} experts cannot be spread over {dist.get_world_size()} '
                 'processes; start a number that divides it')
         spread(model, optimizer)
-    widths = {n for moe in model.mixtures().values() for n in moe.experts[0].c_fc.weight.shape}
-    bytes_each = 2 if cfg.precision == 'bf16' else 4
-    if cfg.dispatch == 'grouped' and any(n * bytes_each % 16 for n in widths):
-        die(f'grouped products need rows of whole 16 bytes, and experts are {min(widths)} x {max(widths)} here; set '
-            'another --n_embd, or --dispatch=loop')
     model.to(device).train()
     model.recompute = cfg.recompute
     if cfg.dispatch == 'grouped':

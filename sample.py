@@ -156,7 +156,7 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
         die(f'the prompt has {len(prompt)} tokens, {source} takes at most {model.config.block_size}; '
             'shorten it')
     try:                                        # before there is a text to lose
-        page = open(cfg.html, 'a', encoding='utf-8') if cfg.html else None      # an old one stays until then
+        page = open(cfg.html, 'a', encoding='utf-8') if cfg.html else None      # an old one stays till the end
     except OSError as error:
         die(f'{cfg.html} cannot be written ({error}); name another --html')
     print(path, *([f'step {saved["step"]}'] if saved else []), file=sys.stderr)

@@ -43,7 +43,7 @@ class Waits(TorchFunctionMode):
 
 
 def asks(index) -> bool:
-    """Whether a size depends on its numbers: of a mask, and of a slice or a place that a tensor names."""
+    """Whether the host has to know its numbers: a mask's, or those of a tensor that names a place or a slice's end."""
     if isinstance(index, slice):
         return any(isinstance(end, torch.Tensor) for end in (index.start, index.stop, index.step))
     return isinstance(index, torch.Tensor) and (index.dtype == torch.bool or index.dim() == 0)

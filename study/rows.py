@@ -153,8 +153,7 @@ def beside(result: Result, rows: list[dict], twins: list[dict]) -> Result:
     """result with the differences of rows to the twins with their seeds and parents."""
     loss = {(row['seed'], row['sha256']): row['val_mean'] for row in twins}
     pairs = [(row['val_mean'], loss[key]) for row in rows if (key := (row['seed'], row['sha256'])) in loss]
-    return result._replace(differences=[its - twins_ for its, twins_ in pairs],
-                           against=fmean(twins_ for _, twins_ in pairs) if pairs else None)
+    return result._replace(differences=[a - b for a, b in pairs], against=fmean(b for _, b in pairs) if pairs else None)
 
 
 def at_best(rows: list[dict], known: list[dict], of: dict, arm: str) -> Result:
@@ -185,15 +184,16 @@ def by_clock(rows: list[dict], known: list[dict], times: list[dict], of: dict,
              found: dict[str, Result]) -> tuple[dict[str, Result], str]:
     """{arm: the Result of the twin with as many steps as the arm's time allows, but with the differences of the
     arm to it}; what intervals rest on."""
-    clocked, others = {}, {key: value for key, value in of.items() if key != 'steps'}
+    clocked = {}
+    twins = pick(rows, **{key: value for key, value in of.items() if key != 'steps'}, arm='twin')
     for name, ratio in ratios(times, of).items():
-        steps = of['steps'] * ratio
-        # a time that is measured again is another, and the twin's run for the old one is still about as long
-        ran = {row['steps'] for row in pick(rows, **others, arm='twin', clock=name)} | {round(steps)}
-        near = [n for n in ran if abs(n - steps) < 0.1 * steps]
-        for n in sorted(near, key=lambda n: abs(n - steps)):
-            twin = at_best(rows, known, of | {'steps': n}, 'twin')
-            if name in found and name != 'twin' and twin.rows and name not in clocked:
+        asked = of['steps'] * ratio
+        # a time that is measured again is another one, and what the twin ran for the old one is about as long
+        ran = [row['steps'] for row in twins if row['clock'] == name or row['steps'] == round(asked)]
+        steps = min(ran, key=lambda n: abs(n - asked), default=0)
+        if name in found and name != 'twin' and abs(steps - asked) < 0.1 * asked:
+            twin = at_best(rows, known, of | {'steps': steps}, 'twin')
+            if twin.rows:
                 clocked[name] = beside(twin, found[name].rows, twin.rows)
     return with_intervals(clocked)
 
