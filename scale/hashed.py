@@ -130,18 +130,18 @@ class Sliced(MoE):
             part.after_step(its)
 
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
-        for part, narrow in zip(self.slices, cut(mlp, len(self.slices))):
+        size = len(mlp.c_fc.bias) // len(self.slices)
+        for part, narrow in zip(self.slices, cut(mlp, [size] * len(self.slices))):
             part.upcycle(narrow, expert_noise, frequency)
 
 
-def cut(mlp: MLP, G: int) -> list[MLP]:
-    """A dense MLP as G narrower ones, whose sum it is."""
-    parts = [copy.deepcopy(mlp) for _ in range(G)]
-    for g, part in enumerate(parts):
-        part.c_fc.weight = nn.Parameter(mlp.c_fc.weight.chunk(G)[g])
-        part.c_fc.bias = nn.Parameter(mlp.c_fc.bias.chunk(G)[g])
-        part.c_proj.weight = nn.Parameter(mlp.c_proj.weight.chunk(G, dim=1)[g])
-        part.c_proj.bias = nn.Parameter(mlp.c_proj.bias / G)
+def cut(mlp: MLP, sizes: list[int]) -> list[MLP]:
+    """A dense MLP as narrower ones, of so many hidden units each, whose sum it is."""
+    parts = [copy.deepcopy(mlp) for _ in sizes]
+    for part, size, w1, b1, w2 in zip(parts, sizes, mlp.c_fc.weight.split(sizes), mlp.c_fc.bias.split(sizes),
+                                      mlp.c_proj.weight.split(sizes, dim=1)):
+        part.c_fc.weight, part.c_fc.bias, part.c_proj.weight = map(nn.Parameter, (w1, b1, w2))
+        part.c_proj.bias = nn.Parameter(mlp.c_proj.bias * (size / sum(sizes)))
     return parts
 
 

@@ -138,7 +138,7 @@ class Arm(NamedTuple):
 
 def arms(base: train.Config) -> dict[str, Arm]:
     """Every arm of a scale: mixtures in the scale's own layers, in all of them by the name with _all, and two in the
-    first alone."""
+    first alone, then also with more experts."""
     two, dense, unbalanced = {'experts_per_token': 2}, {'moe_layers': ()}, {'balance_coef': 0.0}
     kinds = {       # one expert per token, of a slice
         'frozen': routers.Frozen, 'slow_router': routers.SlowRouter, 'embedding': routers.ReadsEmbedding,
@@ -162,6 +162,9 @@ def arms(base: train.Config) -> dict[str, Arm]:
     everywhere = {'moe_layers': tuple(range(base.n_layer))}
     in_all = {f'{name}_all': arm._replace(change=arm.change | everywhere) for name, arm in mixtures.items()}
     first = {f'{name}_first': Arm({'moe_layers': (0,)}, kinds[name]) for name in ('sliced_ngram', 'half1223')}
+    first |= {f'{kind.__name__.lower()}_first{E}': Arm({'moe_layers': (0,), 'n_experts': E}, kind) for kind, E in (
+        (routers.Half1223, 64), (routers.Half1223, 256), (routers.Quarter1223, 64), (routers.Quarter1223, 256),
+        (routers.Eighth1223, 256), (routers.Eighth1223, 1024))}
     return ({'twin': Arm(dense)} | mixtures | in_all | first |
             {'ngram_embedding': Arm(dense, model=controls.NGramEmbedding), COUNTS: Arm(dense)})
 

@@ -228,11 +228,23 @@ class Half1223(SharedParent, Sliced):
     section 3.2). The other half are slices, by the last one, two, two and three ids. The arithmetic stays the dense
     model's."""
     kinds = Hash, Bigram, Bigram, Trigram
+    share = 2           # one of so many hidden units is a slice's
 
     def __init__(self, config: GPTConfig, hidden: int | None = None):
-        super().__init__(config, (hidden or 4 * config.n_embd) // 2)
+        hidden = hidden or 4 * config.n_embd
+        Sliced.__init__(self, config, hidden // self.share)
+        self.shared = MLP(config, hidden - hidden // self.share)
 
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
-        shared, other = cut(mlp, 2)
+        hidden = len(mlp.c_fc.bias)
+        shared, other = cut(mlp, [hidden - hidden // self.share, hidden // self.share])
         self.shared.load_state_dict(shared.state_dict())
         Sliced.upcycle(self, other, expert_noise, frequency)    # SharedParent's would begin the experts at zero
+
+
+class Quarter1223(Half1223):
+    share = 4
+
+
+class Eighth1223(Half1223):
+    share = 8
