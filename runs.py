@@ -507,6 +507,9 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
             if hidden * size % 16 or channels * size % 16:
                 die(f'grouped products need rows of whole 16 bytes, and experts are {channels} x {hidden} here; set '
                     'another --n_embd, or --dispatch=loop')
+            if device.startswith('cuda') and len(moe.experts) >= 1024:      # PyTorch's kernel; on a CPU it loops
+                die(f'grouped products are of fewer than 1,024 experts, and all slices together have '
+                    f'{len(moe.experts):,} here; add --dispatch=triton, or set a lower --n_experts')
     if cfg.dispatch == 'parallel' and model.mixtures():
         from scale.parallel import spread
         n = len(next(iter(model.mixtures().values())).experts)          # of all slices

@@ -21,6 +21,8 @@ from study import routers
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=16, moe_layers=(0,), n_experts=4)
 ROUTERS = [kind for kind in vars(routers).values() if isinstance(kind, type) and issubclass(kind, MoE)]
 ROUTERS.remove(routers.Sliced)                                      # its subclasses say of what
+for narrow in (routers.Quarter1223, routers.Eighth1223):            # Half1223 with other widths
+    ROUTERS.remove(narrow)
 every_router = pytest.mark.parametrize('kind', ROUTERS, ids=lambda kind: kind.__name__)
 needs_grouped = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='grouped_mm came with PyTorch 2.10')
 exactly = {'rtol': 0, 'atol': 0}
@@ -365,6 +367,21 @@ def test_slices_are_mixtures_of_their_own_whose_outputs_are_added(kind):
     said = {'SlicedNGram': '1232'}.get(kind.__name__) or kind.__name__[len(kind.__name__.rstrip('0123456789')):] or '4'
     expected = [int(n) for n in said] if len(said) == 4 else [1] * int(said)
     assert [getattr(part, 'n', 1) for part in moe.slices] == expected           # how many ids they read
+
+
+@pytest.mark.parametrize('kind, shared, narrow', [
+    (routers.Half1223, 128, 32), (routers.Quarter1223, 192, 16), (routers.Eighth1223, 224, 8)])
+def test_of_256_hidden_units_so_many_stay_one_mlp_and_the_others_are_four_slices_beside_it(kind, shared, narrow):
+    torch.manual_seed(0)
+    config = replace(SHAPE, n_embd=64)
+    dense, model = shaken(GPT(replace(config, moe_layers=())).double()), routers.build(config, kind).double()
+    model.load_weights(dense.state_dict(), 0.0, torch.ones(11))
+    idx, moe = torch.randint(11, (2, 8)), model.h[0].mlp
+    torch.testing.assert_close(model(idx)[0], dense(idx)[0], rtol=0, atol=1e-12)
+    assert moe.shared.c_fc.weight.shape == (shared, 64) and len(moe.slices) == 4 and len(moe.experts) == 16
+    assert {expert.c_proj.weight.shape for expert in moe.experts} == {(64, narrow)}
+    biases = 4 * 64                                                 # one output's more for each slice
+    assert model.count_parameters()[1] == dense.count_parameters()[0] + biases
 
 
 def test_after_a_step_each_slice_hears_of_its_own_experts():
