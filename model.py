@@ -33,13 +33,13 @@ class GPTConfig:
     moe_layers: tuple[int, ...] = ()            # blocks whose MLP is a mixture; none: dense GPT-2
     n_experts: int = 8                          # MLPs in a mixture
     experts_per_token: int = 1                  # of them, how many each token is sent to
-    router: str = 'learned'                     # or by the tokens (scale/hashed.py): hash, sliced_hash, ngram
+    router: str = 'learned'                     # or by the tokens (scale/hashed.py): hash, ngram, ...
 
     def __post_init__(self):
         self.require_range(1, 2**31, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',
                            'n_experts', 'experts_per_token')
         self.require_range(0, 1, 'dropout')
-        self.require_one_of(('learned', 'hash', 'sliced_hash', 'ngram'), 'router')
+        self.require_one_of(('learned', 'hash', 'sliced_hash', 'ngram', 'half_ngram'), 'router')
 
     def require_range(self, low: float, high: float, *names: str) -> None:
         """Raises ValueError unless low <= value < high for each name, so never for nan."""

@@ -683,6 +683,8 @@ def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: GPTCon
         for domain, shares in of_domain.items():
             bars = [' ▁▂▃▄▅▆▇█'[math.ceil(8 * math.sqrt(s))] for s in shares]
             cells = [f'{bar}{100 * s:3.0f}' for bar, s in zip(bars, shares)] if len(bars) <= 16 else [''.join(bars)]
+            if len(bars) > 64:                              # more than a line
+                cells = [f'{len(bars):,} experts, the busiest {max(shares):.1%}, {shares.count(0):,} without a token']
             print(f'    layer {layer:>2} {domain:>10.10} ', *cells)
         mean = np.mean(list(of_domain.values()), axis=0)
         slices = len(mean) // cfg.n_experts                     # each of which sends a token somewhere
@@ -690,8 +692,10 @@ def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: GPTCon
         if warn and most > even + 0.5 * (1 - even):             # more than half way from even to all
             print(f'    WARNING: in layer {layer} expert {mean.argmax()} takes {most:.0%} '
                   'of the tokens (collapse)')
-        if warn and not mean.all():
-            print(f'    WARNING: in layer {layer} no token goes to expert', *np.flatnonzero(mean == 0))
+        idle = np.flatnonzero(mean == 0).tolist()
+        if warn and idle:
+            more = [f'and {len(idle) - 16:,} more'] if len(idle) > 16 else []
+            print(f'    WARNING: in layer {layer} no token goes to expert', *idle[:16], *more)
 
 
 def print_step(row: dict, losses: list[float], domains: list[str], cfg: GPTConfig) -> None:

@@ -7,12 +7,14 @@ which tell more about the next token. With the hidden units cut into slices, eac
 own, a token has experts of both kinds.
 
     python train.py config/best_tiny.py         sets router='ngram' and experts_per_token=1
+    python train.py config/best_gpt2.py         sets router='half_ngram', n_experts=64, the first layer alone
     --experts_per_token=1 --router=hash         one expert for each id; upcycled, the commonest spread evenly
     --experts_per_token=1 --router=sliced_hash  four slices, each with another such table
     --experts_per_token=1 --router=ngram        four slices, by the last one, two, three and two ids
+    --experts_per_token=1 --router=half_ngram   four slices like these of half the MLP; the other half stays dense
     python -m scale.hashed                      what a short text is sent to
 
-The two slices by two ids have other factors, and the slice by one id a table that is drawn at random. Where a
+Two slices by two ids have different factors, and a slice by one id has a table that is drawn at random. Where a
 sequence begins, -1 stands for the ids before it.
 
 The arithmetic is the dense model's. What it costs is parameters, and time where four slices of 8 small experts,
@@ -153,7 +155,30 @@ class SlicedNGram(Sliced):
     kinds = Hash, Bigram, Trigram, Bigram
 
 
-HASHED = {'hash': BalancedHash, 'sliced_hash': SlicedBalanced4, 'ngram': SlicedNGram}       # by config.router
+class HalfNGram(Sliced):
+    """Half of the hidden units stay one MLP for all tokens, as the shared expert of DeepSeekMoE (arXiv 2401.06066,
+    section 3.2). The other half are slices, by the last one, two, two and three ids. The arithmetic stays the dense
+    model's."""
+    kinds = Hash, Bigram, Bigram, Trigram
+    share = 2           # one of so many hidden units is in a slice
+
+    def __init__(self, config: GPTConfig, hidden: int | None = None):
+        hidden = hidden or 4 * config.n_embd
+        super().__init__(config, hidden // self.share)
+        self.shared = MLP(config, hidden - hidden // self.share)
+
+    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
+        y, routing = super().forward(x, ids, noise)
+        return self.shared(x) + y, routing
+
+    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
+        hidden = len(mlp.c_fc.bias)
+        shared, sliced = cut(mlp, [hidden - hidden // self.share, hidden // self.share])
+        self.shared.load_state_dict(shared.state_dict())
+        super().upcycle(sliced, expert_noise, frequency)
+
+
+HASHED = {'hash': BalancedHash, 'sliced_hash': SlicedBalanced4, 'ngram': SlicedNGram, 'half_ngram': HalfNGram}
 
 
 if __name__ == '__main__':

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from model import GPT, MLP, GPTConfig, MoE, Routing, count_pairs
-from scale.hashed import (BalancedHash, Bigram, Hash, Sliced, SlicedBalanced4, SlicedNGram,   # noqa: F401
-                          Trigram, cut)
+from scale.hashed import (BalancedHash, Bigram, HalfNGram, Hash, Sliced, SlicedBalanced4,    # noqa: F401
+                          SlicedNGram, Trigram)
 
 
 def build(config: GPTConfig, mixture: type[MoE]) -> GPT:
@@ -223,28 +223,13 @@ class SlicedNGram2222(Sliced):
     kinds = (Bigram,) * 4
 
 
-class Half1223(SharedParent, Sliced):
-    """Half of the hidden units stay one MLP for all tokens, as the shared expert of DeepSeekMoE (arXiv 2401.06066,
-    section 3.2). The other half are slices, by the last one, two, two and three ids. The arithmetic stays the dense
-    model's."""
-    kinds = Hash, Bigram, Bigram, Trigram
-    share = 2           # one of so many hidden units is a slice's
-
-    def __init__(self, config: GPTConfig, hidden: int | None = None):
-        hidden = hidden or 4 * config.n_embd
-        Sliced.__init__(self, config, hidden // self.share)
-        self.shared = MLP(config, hidden - hidden // self.share)
-
-    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
-        hidden = len(mlp.c_fc.bias)
-        shared, other = cut(mlp, [hidden - hidden // self.share, hidden // self.share])
-        self.shared.load_state_dict(shared.state_dict())
-        Sliced.upcycle(self, other, expert_noise, frequency)    # SharedParent's would begin the experts at zero
+class Half1223(HalfNGram):
+    """router='half_ngram', by the name that its rows have."""
 
 
-class Quarter1223(Half1223):
+class Quarter1223(HalfNGram):
     share = 4
 
 
-class Eighth1223(Half1223):
+class Eighth1223(HalfNGram):
     share = 8

@@ -21,8 +21,8 @@ from study import routers
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=16, moe_layers=(0,), n_experts=4)
 ROUTERS = [kind for kind in vars(routers).values() if isinstance(kind, type) and issubclass(kind, MoE)]
 ROUTERS.remove(routers.Sliced)                                      # its subclasses say of what
-for narrow in (routers.Quarter1223, routers.Eighth1223):            # Half1223 with other widths
-    ROUTERS.remove(narrow)
+for kind in (routers.Half1223, routers.Quarter1223, routers.Eighth1223):        # HalfNGram with other widths
+    ROUTERS.remove(kind)
 every_router = pytest.mark.parametrize('kind', ROUTERS, ids=lambda kind: kind.__name__)
 needs_grouped = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='grouped_mm came with PyTorch 2.10')
 exactly = {'rtol': 0, 'atol': 0}
@@ -359,12 +359,13 @@ def test_slices_are_mixtures_of_their_own_whose_outputs_are_added(kind):
     x, ids = torch.randn(2, 8, 16), torch.randint(11, (2, 10))
     y, routing = moe(x, ids)
     alone = [part(x, ids) for part in moe.slices]
-    shared = moe.shared(x) if kind is routers.Half1223 else 0
+    shared = moe.shared(x) if kind is routers.HalfNGram else 0
     torch.testing.assert_close(y, sum(each for each, _ in alone) + shared)
     assert routing.counts.tolist() == [n for _, of in alone for n in of.counts.tolist()]
     balance = sum(load_balance_loss(of) for _, of in alone) / len(alone)
     torch.testing.assert_close(load_balance_loss(routing), balance)
-    said = {'SlicedNGram': '1232'}.get(kind.__name__) or kind.__name__[len(kind.__name__.rstrip('0123456789')):] or '4'
+    said = {'SlicedNGram': '1232', 'HalfNGram': '1223'}.get(kind.__name__)
+    said = said or kind.__name__[len(kind.__name__.rstrip('0123456789')):] or '4'
     expected = [int(n) for n in said] if len(said) == 4 else [1] * int(said)
     assert [getattr(part, 'n', 1) for part in moe.slices] == expected           # how many ids they read
 

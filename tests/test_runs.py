@@ -244,6 +244,17 @@ def test_collapse_and_idle_experts_are_called_out(share, k, warnings, capsys):
     assert all(text in out for text in warnings)
 
 
+@pytest.mark.parametrize('n, shown, warning', [
+    (16, '▄ 25 ▇ 75    0', 'expert 2 3 4 5 6 7 8 9 10 11 12 13 14 15\n'),
+    (64, '▄▇    ', 'expert 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 and 46 more'),
+    (1030, '1,030 experts, the busiest 75.0%, 1,028 without a token', '16 17 and 1,012 more')])
+def test_many_experts_take_a_line_and_no_page(n, shown, warning, capsys):
+    cfg = train.Config(n_experts=n)
+    runs.print_evaluation('step 1', {'a': 1.0}, {'2': {'a': [.25, .75] + [0.0] * (n - 2)}}, cfg)
+    out = capsys.readouterr().out
+    assert shown in out and warning in out and max(map(len, out.splitlines())) < 120
+
+
 @pytest.mark.parametrize('router, shown', [('learned', True), ('ngram', False)])
 def test_only_a_learned_router_has_losses_to_be_printed(router, shown, cfg, capsys):
     train.train(replace(cfg, router=router, experts_per_token=1, max_steps=1))
