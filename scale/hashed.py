@@ -163,17 +163,18 @@ class HalfNGram(Sliced):
     share = 2           # one of so many hidden units is in a slice
 
     def __init__(self, config: GPTConfig, hidden: int | None = None):
-        hidden = hidden or 4 * config.n_embd
-        super().__init__(config, hidden // self.share)
-        self.shared = MLP(config, hidden - hidden // self.share)
+        hidden, G = hidden or 4 * config.n_embd, len(self.kinds)
+        sliced = max(1, hidden // self.share // G) * G              # what does not divide stays with the others
+        super().__init__(config, sliced)
+        self.shared = MLP(config, hidden - sliced)
 
     def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
         y, routing = super().forward(x, ids, noise)
         return self.shared(x) + y, routing
 
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
-        hidden = len(mlp.c_fc.bias)
-        shared, sliced = cut(mlp, [hidden - hidden // self.share, hidden // self.share])
+        size = len(self.shared.c_fc.bias)
+        shared, sliced = cut(mlp, [size, len(mlp.c_fc.bias) - size])
         self.shared.load_state_dict(shared.state_dict())
         super().upcycle(sliced, expert_noise, frequency)
 

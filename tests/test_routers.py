@@ -370,18 +370,19 @@ def test_slices_are_mixtures_of_their_own_whose_outputs_are_added(kind):
     assert [getattr(part, 'n', 1) for part in moe.slices] == expected           # how many ids they read
 
 
-@pytest.mark.parametrize('kind, shared, narrow', [
-    (routers.Half1223, 128, 32), (routers.Quarter1223, 192, 16), (routers.Eighth1223, 224, 8)])
-def test_of_256_hidden_units_so_many_stay_one_mlp_and_the_others_are_four_slices_beside_it(kind, shared, narrow):
+@pytest.mark.parametrize('channels, kind, shared, narrow', [
+    (64, routers.Half1223, 128, 32), (64, routers.Quarter1223, 192, 16), (64, routers.Eighth1223, 224, 8),
+    (7, routers.Half1223, 16, 3), (3, routers.Eighth1223, 8, 1)])           # 28 and 12 units, which do not divide
+def test_some_hidden_units_stay_one_mlp_and_the_others_are_four_slices_beside_it(channels, kind, shared, narrow):
     torch.manual_seed(0)
-    config = replace(SHAPE, n_embd=64)
+    config = replace(SHAPE, n_embd=channels)
     dense, model = shaken(GPT(replace(config, moe_layers=())).double()), routers.build(config, kind).double()
     model.load_weights(dense.state_dict(), 0.0, torch.ones(11))
     idx, moe = torch.randint(11, (2, 8)), model.h[0].mlp
     torch.testing.assert_close(model(idx)[0], dense(idx)[0], rtol=0, atol=1e-12)
-    assert moe.shared.c_fc.weight.shape == (shared, 64) and len(moe.slices) == 4 and len(moe.experts) == 16
-    assert {expert.c_proj.weight.shape for expert in moe.experts} == {(64, narrow)}
-    biases = 4 * 64                                                 # one output's more for each slice
+    assert moe.shared.c_fc.weight.shape == (shared, channels) and len(moe.slices) == 4 and len(moe.experts) == 16
+    assert {expert.c_proj.weight.shape for expert in moe.experts} == {(channels, narrow)}
+    biases = 4 * channels                                           # one output's more for each slice
     assert model.count_parameters()[1] == dense.count_parameters()[0] + biases
 
 
