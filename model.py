@@ -33,7 +33,7 @@ class GPTConfig:
     moe_layers: tuple[int, ...] = ()            # blocks whose MLP is a mixture; none: dense GPT-2
     n_experts: int = 8                          # MLPs in a mixture
     experts_per_token: int = 1                  # of them, how many each token is sent to
-    router: str = 'learned'                     # or by the tokens (scale/hashed.py): hash, ngram, ...
+    router: str = 'learned'                     # or, see scale/hashed.py, hash, sliced_hash, ngram, half_ngram
 
     def __post_init__(self):
         self.require_range(1, 2**31, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',
@@ -67,6 +67,8 @@ class GPTConfig:
                              f'not {self.experts_per_token}')
         if self.router != 'learned' and self.experts_per_token > 1:
             raise ValueError(f'router={self.router} sends a token to one expert; set experts_per_token=1')
+        if self.router == 'half_ngram' and self.n_embd < 2:
+            raise ValueError('router=half_ngram halves an MLP of 8 hidden units or more; set n_embd to at least 2')
 
 
 class CausalSelfAttention(nn.Module):

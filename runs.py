@@ -507,7 +507,8 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
             if hidden * size % 16 or channels * size % 16:
                 die(f'grouped products need rows of whole 16 bytes, and experts are {channels} x {hidden} here; set '
                     'another --n_embd, or --dispatch=loop')
-            if device.startswith('cuda') and len(moe.experts) >= 1024:      # PyTorch's kernel; on a CPU it loops
+            # PyTorch's kernel for bf16; everywhere else it loops
+            if device.startswith('cuda') and cfg.precision == 'bf16' and len(moe.experts) >= 1024:
                 die(f'grouped products are of fewer than 1,024 experts, and all slices together have '
                     f'{len(moe.experts):,} here; add --dispatch=triton, or set a lower --n_experts')
     if cfg.dispatch == 'parallel' and model.mixtures():
@@ -680,20 +681,25 @@ def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: GPTCon
     print(f'{label:12} val {fmean(val.values()):.4f} ', *domains)
     even = cfg.experts_per_token / cfg.n_experts
     for layer, of_domain in share.items():
+        mean = np.mean(list(of_domain.values()), axis=0)
+        choices = cfg.experts_per_token * len(mean) // cfg.n_experts            # of a token, in all slices
         for domain, shares in of_domain.items():
             bars = [' ▁▂▃▄▅▆▇█'[math.ceil(8 * math.sqrt(s))] for s in shares]
-            cells = [f'{bar}{100 * s:3.0f}' for bar, s in zip(bars, shares)] if len(bars) <= 16 else [''.join(bars)]
-            if len(bars) > 64:                              # more than a line
-                cells = [f'{len(bars):,} experts, the busiest {max(shares):.1%}, {shares.count(0):,} without a token']
+            cells = [''.join(bars)]
+            if len(bars) <= 16:
+                cells = [f'{bar}{100 * s:3.0f}' for bar, s in zip(bars, shares)]
+            elif len(bars) > 64:                                                # more than a line
+                cells = [f'{len(bars):,} experts, the busiest has {max(shares) * choices:.1%} of the tokens, '
+                         f'{shares.count(0):,} have none']
             print(f'    layer {layer:>2} {domain:>10.10} ', *cells)
-        mean = np.mean(list(of_domain.values()), axis=0)
-        slices = len(mean) // cfg.n_experts                     # each of which sends a token somewhere
-        most = min(1.0, max(mean) * cfg.experts_per_token * slices)     # of the tokens, not of the choices
-        if warn and most > even + 0.5 * (1 - even):             # more than half way from even to all
+        if not warn or cfg.router != 'learned':                 # a hash is what it is
+            continue
+        most = min(1.0, max(mean) * choices)                    # of the tokens, not of the choices
+        if most > even + 0.5 * (1 - even):             # more than half way from even to all
             print(f'    WARNING: in layer {layer} expert {mean.argmax()} takes {most:.0%} '
                   'of the tokens (collapse)')
         idle = np.flatnonzero(mean == 0).tolist()
-        if warn and idle:
+        if idle:
             more = [f'and {len(idle) - 16:,} more'] if len(idle) > 16 else []
             print(f'    WARNING: in layer {layer} no token goes to expert', *idle[:16], *more)
 

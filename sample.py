@@ -120,15 +120,18 @@ def paint(text: str, expert: int) -> str:
 
 
 def print_legend(layer: int, experts: list[list[int]], n_experts: int) -> None:
-    """Each expert's share of the tokens, eight on a line. experts are those of each token; the first gives it its
-    colour, so an expert that is nobody's first (in sliced mixtures all but the first slice's) has none."""
+    """Each expert's share of the tokens, at most eight on a line; of more than 64 experts the busiest. experts are
+    those of each token; the first gives it its colour, so an expert that is nobody's first (in sliced mixtures all
+    but the first slice's) has none."""
     counts, firsts, k = Counter(chain(*experts)), {first for first, *_ in experts}, len(experts[0])
-    cells = [f' {i} {counts[i] / len(experts):4.0%} ' for i in range(n_experts)]
-    cells = [paint(cell, i) if i in firsts else cell for i, cell in enumerate(cells)]
+    shown = range(n_experts) if n_experts <= 64 else sorted(i for i, _ in counts.most_common(64))
+    cells = [f' {i} {counts[i] / len(experts):4.0%} ' for i in shown]
+    per_line = min(8, 72 // max(map(len, cells)))
+    cells = [paint(cell, i) if i in firsts else cell for i, cell in zip(shown, cells)]
     if k > 1:
         print(f'share of the tokens; each goes to {k} experts and has the colour of the first')
-    for i in range(0, n_experts, 8):
-        print(f'layer {layer:<2}' + ''.join(cells[i:i + 8]))
+    for i in range(0, len(cells), per_line):
+        print(f'layer {layer:<2}' + ''.join(cells[i:i + per_line]))
 
 
 def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:

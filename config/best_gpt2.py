@@ -1,8 +1,9 @@
-# the mixture that won at GPT-2's shape: half of the first block's MLP is four slices of 64 experts each, chosen
-# by the last one, two, two and three tokens. The other half and all other blocks stay dense. No router
+# the mixture that won at GPT-2's shape, on code: half of the first block's MLP is four slices of 64 experts each,
+# chosen by the last one, two, two and three tokens. The other half and all other blocks stay dense. No router
 #   python train.py config/best_gpt2.py         an NVIDIA GPU of the Hopper generation or newer
-# Rows: study/RESULTS.md, gpt2_code, arm half1223_first64, at a --learning_rate of 6e-4 and from a stand-in for
-# GPT-2 that had seen 102 million tokens. From GPT-2 itself it has not been run: try a higher rate and a lower one.
+#   python train.py config/best_gpt2.py --moe_layers= --out_dir=out/best_gpt2_twin
+# Rows: study/RESULTS.md, gpt2_code, arm half1223_first64, from a stand-in for GPT-2 that had seen 102 million
+# tokens, at a --learning_rate of 6e-4. From GPT-2 itself, and at 5e-5 as this runs, there is no row.
 from config.fast_gpt2 import *
 
 out_dir = 'out/best_gpt2'

@@ -13,7 +13,7 @@ Every expert takes part in the product, so one without tokens gets a gradient of
 and Adam moves it all the same. It loses with many experts and few tokens, since each pass casts and stacks
 all experts' weights. The fast kernel is for bf16 on NVIDIA Hopper and newer. Everywhere else PyTorch loops by
 itself and waits: right, slow, and in no CUDA graph. Rows must be whole 16 bytes, so channels a multiple of 8 in
-bf16, of 4 in fp32. On a GPU a product holds fewer than 1,024 experts. (PyTorch 2.10 and newer; MegaBlocks, arXiv
+bf16, of 4 in fp32. The fast kernel holds fewer than 1,024 experts. (PyTorch 2.10 and newer; MegaBlocks, arXiv
 2211.15841.)
 """
 
@@ -37,7 +37,7 @@ def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     # b1[expert] would be right too, but going back it adds gradients up row by row; this is a product both ways
     which = F.one_hot(expert, E).to(dtype)                          # (N*k, E)
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(N * k, device=x.device))
-    # x[order // k] would be right too, but going back it adds up row by row; this copies rows both ways
+    # x[order // k] would be right too, but going back it adds up row by row; this copies rows and sums a token's k
     rows = x.new_empty(N * k, C, dtype=dtype).index_copy_(0, place, x.to(dtype).repeat_interleave(k, dim=0))
     hidden = F.grouped_mm(rows, w1.transpose(1, 2), offs=ends) + which @ b1         # (N*k, 4C)
     hidden = F.gelu(hidden, approximate='tanh')

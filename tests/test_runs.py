@@ -244,15 +244,19 @@ def test_collapse_and_idle_experts_are_called_out(share, k, warnings, capsys):
     assert all(text in out for text in warnings)
 
 
-@pytest.mark.parametrize('n, shown, warning', [
-    (16, '▄ 25 ▇ 75    0', 'expert 2 3 4 5 6 7 8 9 10 11 12 13 14 15\n'),
-    (64, '▄▇    ', 'expert 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 and 46 more'),
-    (1030, '1,030 experts, the busiest 75.0%, 1,028 without a token', '16 17 and 1,012 more')])
-def test_many_experts_take_a_line_and_no_page(n, shown, warning, capsys):
-    cfg = train.Config(n_experts=n)
-    runs.print_evaluation('step 1', {'a': 1.0}, {'2': {'a': [.25, .75] + [0.0] * (n - 2)}}, cfg)
+@pytest.mark.parametrize('n, slices, shares, shown, warning', [
+    (16, 1, [.7, .2, .1], '▇ 70 ▄ 20 ▃ 10    0', 'expert 3 4 5 6 7 8 9 10 11 12 13 14 15\n'),
+    (64, 1, [.7, .2, .1], '▇▄▃    ', 'expert 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 and 45 more\n'),
+    (65, 1, [.7, .2, .1], '65 experts, the busiest has 70.0% of the tokens, 62 have none', '17 18 and 46 more\n'),
+    (1030, 1, [.7, .3], '1,030 experts, the busiest has 70.0% of the tokens, 1,028 have none', '17 and 1,012 more\n'),
+    (64, 4, [.2, .2, .2, .2, .2], '256 experts, the busiest has 80.0% of the tokens, 251 have none', 'and 235 more\n')])
+def test_many_experts_take_a_line_and_no_page(n, slices, shares, shown, warning, capsys):
+    share = {'2': {'a': shares + [0.0] * (n * slices - len(shares))}}
+    runs.print_evaluation('step 1', {'a': 1.0}, share, train.Config(n_experts=n))
     out = capsys.readouterr().out
     assert shown in out and warning in out and max(map(len, out.splitlines())) < 120
+    runs.print_evaluation('step 1', {'a': 1.0}, share, train.Config(n_experts=n, router='hash'))
+    assert 'WARNING' not in capsys.readouterr().out             # of what no training changes
 
 
 @pytest.mark.parametrize('router, shown', [('learned', True), ('ngram', False)])

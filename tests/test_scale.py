@@ -121,14 +121,15 @@ def test_grouped_products_are_refused_for_rows_that_are_not_whole_16_bytes(preci
         runs.set_up_model(GPT(c), c, 'cpu')
 
 
+@pytest.mark.filterwarnings('ignore:CUDA is not available')
 @pytest.mark.parametrize('device, change, refuses', [
     ('cuda:0', dict(n_experts=1023), False), ('cuda:0', dict(n_experts=1024), True),
-    ('cpu', dict(n_experts=1024), False),
+    ('cpu', dict(n_experts=1024), False), ('cuda:0', dict(n_experts=1024, precision='fp32'), False),
     ('cuda:0', dict(n_experts=256, router='ngram', experts_per_token=1), True)])          # of four slices
 def test_grouped_products_are_refused_for_more_experts_than_the_gpus_kernel_takes(
         device, change, refuses, cfg, capsys, monkeypatch):
     monkeypatch.setattr(GPT, 'to', lambda model, device: model)
-    c = replace(cfg, dispatch='grouped', n_layer=1, moe_layers=(0,), **change)
+    c = replace(cfg, **dict(dispatch='grouped', precision='bf16', n_layer=1, moe_layers=(0,)) | change)
     if refuses:
         refused('have 1,024 here; add --dispatch=triton', capsys, runs.set_up_model, GPT(c), c, device)
     else:
