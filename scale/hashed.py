@@ -179,7 +179,8 @@ class HalfNGram(Sliced):
         super().upcycle(sliced, expert_noise, frequency)
 
 
-HASHED = {'hash': BalancedHash, 'sliced_hash': SlicedBalanced4, 'ngram': SlicedNGram, 'half_ngram': HalfNGram}
+HASHED = {      # by config.router
+    'hash': BalancedHash, 'sliced_hash': SlicedBalanced4, 'ngram': SlicedNGram, 'half_ngram': HalfNGram}
 
 
 if __name__ == '__main__':
