@@ -33,7 +33,7 @@ class GPTConfig:
     moe_layers: tuple[int, ...] = ()            # blocks whose MLP is a mixture; none: dense GPT-2
     n_experts: int = 8                          # MLPs in a mixture
     experts_per_token: int = 1                  # of them, how many each token is sent to
-    router: str = 'learned'                     # or, see scale/hashed.py, hash, sliced_hash, ngram, half_ngram
+    router: str = 'learned'                     # or one of scale/hashed.py: hash, sliced_hash, ngram, half_ngram
 
     def __post_init__(self):
         self.require_range(1, 2**31, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',

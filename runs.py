@@ -509,7 +509,7 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
                     'another --n_embd, or --dispatch=loop')
             # PyTorch's kernel for bf16; everywhere else it loops
             if device.startswith('cuda') and cfg.precision == 'bf16' and len(moe.experts) >= 1024:
-                die(f'grouped products are of fewer than 1,024 experts, and all slices together have '
+                die('grouped products are of fewer than 1,024 experts, and all slices together have '
                     f'{len(moe.experts):,} here; add --dispatch=triton, or set a lower --n_experts')
     if cfg.dispatch == 'parallel' and model.mixtures():
         from scale.parallel import spread
@@ -692,10 +692,10 @@ def print_evaluation(label: str, val: dict[str, float], share: dict, cfg: GPTCon
                 cells = [f'{len(bars):,} experts, the busiest has {max(shares) * choices:.1%} of the tokens, '
                          f'{shares.count(0):,} have none']
             print(f'    layer {layer:>2} {domain:>10.10} ', *cells)
-        if not warn or cfg.router != 'learned':                 # a hash is what it is
+        if not warn or cfg.router != 'learned':                 # no training changes what a hash chooses
             continue
         most = min(1.0, max(mean) * choices)                    # of the tokens, not of the choices
-        if most > even + 0.5 * (1 - even):             # more than half way from even to all
+        if most > even + 0.5 * (1 - even):                      # more than half way from even to all
             print(f'    WARNING: in layer {layer} expert {mean.argmax()} takes {most:.0%} '
                   'of the tokens (collapse)')
         idle = np.flatnonzero(mean == 0).tolist()
