@@ -26,8 +26,8 @@ from model import MLP, GPTConfig, MoE, sorted_loop
 
 def stacked(experts: Iterable[MLP], name: str, dtype: torch.dtype) -> Tensor:
     """(E, ...) one parameter of all experts in that type. They stay where they are: this is a copy of all experts'
-    weights, in each pass."""
-    return torch.stack([expert.get_parameter(name).to(dtype) for expert in experts])
+    weights in each pass, for a moment one in each type."""
+    return torch.stack([expert.get_parameter(name) for expert in experts]).to(dtype)       # one cast, not one for each
 
 
 def here() -> str:

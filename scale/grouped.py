@@ -36,7 +36,9 @@ def grouped(experts: nn.ModuleList, x: Tensor, routing: Routing) -> Tensor:
     expert, order = routing.experts.flatten().sort(stable=True)     # (N*k,) pairs, by expert
     # b1[expert] would be right too, but going back it adds gradients up row by row; this is a product both ways
     which = F.one_hot(expert, E).to(dtype)                          # (N*k, E)
-    rows = x.to(dtype).index_select(0, order // k)                  # (N*k, C)
+    place = torch.empty_like(order).index_copy_(0, order, torch.arange(N * k, device=x.device))
+    # x[order // k] would be right too, but going back it adds up row by row; this copies rows and sums a token's k
+    rows = x.new_empty(N * k, C, dtype=dtype).index_copy_(0, place, x.to(dtype).repeat_interleave(k, dim=0))
     hidden = F.grouped_mm(rows, w1.transpose(1, 2), offs=ends) + which @ b1         # (N*k, 4C)
     hidden = F.gelu(hidden, approximate='tanh')
     out = F.grouped_mm(hidden, w2.transpose(1, 2), offs=ends) + which @ b2          # (N*k, C)
