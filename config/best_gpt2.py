@@ -4,8 +4,9 @@
 #   python train.py config/best_gpt2.py --moe_layers= --out_dir=out/best_gpt2_twin
 # Rows: study/RESULTS.md, gpt2_code, arm half1223_first64, from a stand-in for GPT-2 that had seen 102 million
 # tokens, at a --learning_rate of 6e-4. From GPT-2 itself, and at 5e-5 as this runs, there is no row.
-# A step takes 1.24 times the twin's time: no lead in equal time. With 1,024 smaller experts a slice
-# (eighth1223_first1024) the lead is twice as large, for 731 instead of 273 million parameters and 2.7 times the time.
+# A step takes 1.24 times the twin's time, so by extrapolation it does not lead in equal time. With 1,024 smaller
+# experts a slice (eighth1223_first1024, in study/ alone) the lead is twice as large (one seed), for 731 instead of
+# 273 million parameters and 2.7 times the time.
 from config.fast_gpt2 import *
 
 out_dir = 'out/best_gpt2'

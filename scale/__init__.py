@@ -26,7 +26,7 @@ from model import MLP, GPTConfig, MoE, sorted_loop
 
 def stacked(experts: Iterable[MLP], name: str, dtype: torch.dtype) -> Tensor:
     """(E, ...) one parameter of all experts in that type. They stay where they are: this is a copy of all experts'
-    weights in each pass, for a moment one in each type."""
+    weights in each pass; where the types differ, for a moment one in each."""
     return torch.stack([expert.get_parameter(name) for expert in experts]).to(dtype)       # one cast, not one for each
 
 

@@ -10,7 +10,7 @@ is one kernel then.
     python -m scale.grouped
 
 Every expert takes part in the product, so one without tokens gets a gradient of zero instead of none,
-and Adam moves it all the same. It loses with many experts and few tokens, since each pass casts and stacks
+and Adam moves it all the same. It loses with many experts and few tokens, since each pass stacks and casts
 all experts' weights. The fast kernel is for bf16 on NVIDIA Hopper and newer. Everywhere else PyTorch loops by
 itself and waits: right, slow, and in no CUDA graph. Rows must be whole 16 bytes, so channels a multiple of 8 in
 bf16, of 4 in fp32. The fast kernel holds fewer than 1,024 experts. (PyTorch 2.10 and newer; MegaBlocks, arXiv
