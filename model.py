@@ -33,13 +33,13 @@ class GPTConfig:
     moe_layers: tuple[int, ...] = ()            # blocks whose MLP is a mixture; none: dense GPT-2
     n_experts: int = 8                          # MLPs in a mixture
     experts_per_token: int = 1                  # of them, how many each token is sent to
-    router: str = 'learned'                     # or one of scale/hashed.py: hash, sliced_hash, ngram, half_ngram
+    router: str = 'learned'                     # or one of scale/hashed.py: hash, sliced_hash, ngram, lookup
 
     def __post_init__(self):
         self.require_range(1, 2**31, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd',
                            'n_experts', 'experts_per_token')
         self.require_range(0, 1, 'dropout')
-        self.require_one_of(('learned', 'hash', 'sliced_hash', 'ngram', 'half_ngram'), 'router')
+        self.require_one_of(('learned', 'hash', 'sliced_hash', 'ngram', 'lookup'), 'router')
 
     def require_range(self, low: float, high: float, *names: str) -> None:
         """Raises ValueError unless low <= value < high for each name, so never for nan."""
@@ -67,8 +67,8 @@ class GPTConfig:
                              f'not {self.experts_per_token}')
         if self.router != 'learned' and self.experts_per_token > 1:
             raise ValueError(f'router={self.router} sends a token to one expert; set experts_per_token=1')
-        if self.router == 'half_ngram' and self.n_embd < 2:
-            raise ValueError('router=half_ngram halves an MLP of 8 hidden units or more; set n_embd to at least 2')
+        if self.router == 'lookup' and self.n_embd < 5:
+            raise ValueError("router=lookup takes 16 of an MLP's 4 * n_embd hidden units; set n_embd to at least 5")
 
 
 class CausalSelfAttention(nn.Module):

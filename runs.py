@@ -494,13 +494,16 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
 
     dispatch='parallel' leaves in each process its experts alone, and so in a checkpoint's optimizer.
     """
-    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'loop':
+    looked_up = cfg.router == 'lookup'              # whatever the dispatch
+    if looked_up and cfg.dispatch in ('capacity', 'parallel'):
+        die(f'router=lookup has no dispatch that {cfg.dispatch} could replace; add --dispatch=loop')
+    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'loop' and not looked_up:
         die('cuda_graph cannot hold a loop that waits for the device; add --dispatch=triton, or '
             '--dispatch=grouped with --precision=bf16')
-    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'grouped' and cfg.precision != 'bf16':
+    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'grouped' and cfg.precision != 'bf16' and not looked_up:
         die('outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
             '--precision=bf16, or --dispatch=triton')
-    if cfg.dispatch == 'grouped':
+    if cfg.dispatch == 'grouped' and not looked_up:
         size = 2 if cfg.precision == 'bf16' else 4
         for moe in model.mixtures().values():
             hidden, channels = moe.experts[0].c_fc.weight.shape

@@ -168,6 +168,8 @@ def measure(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str, s
     losses, share = evaluate(model, data, cfg, device, stop, forward)
     val = {domain: fmean(values) for domain, values in losses.items()}
     runs.print_evaluation(label, val, share, cfg, warn)
+    # of thousands of experts a row of the log would be a megabyte
+    share = {layer: of for layer, of in share.items() if all(len(shares) <= 1024 for shares in of.values())}
     return {'val': val, 'val_mean': fmean(val.values()), 'share': share}
 
 

@@ -6,12 +6,13 @@ expert becomes the MLP of its own tokens. By the last two or three ids, it becom
 which tell more about the next token. With the hidden units cut into slices, each slice with a hash of its
 own, a token has experts of both kinds.
 
-    python train.py config/best_tiny.py         sets router='ngram' and experts_per_token=1
-    python train.py config/best_gpt2.py         sets router='half_ngram', n_experts=64, the first layer alone
+    python train.py config/best_tiny.py         sets router='lookup', n_experts=1024, the first layer alone
+    python train.py config/best_gpt2.py         the same at GPT-2's shape, n_experts=8192
     --experts_per_token=1 --router=hash         one expert for each id; upcycled, the commonest spread evenly
     --experts_per_token=1 --router=sliced_hash  four slices, each with another such table
     --experts_per_token=1 --router=ngram        four slices, by the last one, two, three and two ids
-    --experts_per_token=1 --router=half_ngram   four slices like these of half the MLP; the other half stays dense
+    --experts_per_token=1 --router=lookup       eight slices by one to three ids, of thousands of experts that are so
+                                                small that each token looks up its own; most of the MLP stays dense
     python -m scale.hashed                      what a short text is sent to
 
 Two slices by two ids have different factors, and a slice by one id has a table that is drawn at random. Where a
@@ -28,6 +29,7 @@ import heapq
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from model import MLP, GPTConfig, MoE, Routing, sorted_loop
@@ -155,32 +157,76 @@ class SlicedNGram(Sliced):
     kinds = Hash, Bigram, Trigram, Bigram
 
 
-class HalfNGram(Sliced):
-    """Half of the hidden units stay one MLP for all tokens, as the shared expert of DeepSeekMoE (arXiv 2401.06066,
-    section 3.2). The other half are slices, by the last one, two, two and three ids. The arithmetic stays the dense
-    model's."""
-    kinds = Hash, Bigram, Bigram, Trigram
-    share = 2           # one of so many hidden units is in a slice
+class Rows(nn.Module):
+    """E MLPs of a few hidden units each. An expert's weights are a row of two tables, and its biases of two others, so
+    they are looked up as embeddings are."""
+
+    def __init__(self, config: GPTConfig, E: int, units: int):
+        super().__init__()
+        self.c_fc = nn.Embedding(E, units * config.n_embd)
+        self.c_proj = nn.Embedding(E, units * config.n_embd)                # transposed
+        # of three dimensions, since AdamW decays those of two
+        self.fc_bias = nn.Parameter(torch.zeros(E, 1, units))
+        self.proj_bias = nn.Parameter(torch.zeros(E, 1, config.n_embd))
+
+    def tables(self) -> list[Tensor]:
+        """Each of E rows, in an MLP's order."""
+        return [self.c_fc.weight, self.fc_bias.flatten(1), self.c_proj.weight, self.proj_bias.flatten(1)]
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        """x (N, C) through its experts (N, G), which are added up -> (N, C)."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        w1, b1, w2, b2 = (F.embedding(experts, table).to(dtype) for table in self.tables())
+        N, C = x.shape
+        hidden = w1.view(N, -1, C) @ x.to(dtype).unsqueeze(2)                       # (N, G * units, 1)
+        hidden = F.gelu(hidden + b1.view(N, -1, 1), approximate='tanh')
+        return (hidden.transpose(1, 2) @ w2.view(N, -1, C)).squeeze(1) + b2.sum(dim=1)
+
+
+class Lookup(MoE):
+    """Eight slices of two hidden units each, of n_experts experts each; all other units are one MLP for all tokens.
+
+    Experts so small need no dispatch: each token looks up its own (of one unit and chosen by a router in arXiv
+    2407.04153). No expert has a probability, so the routing's logits and probs have one column (N, 1).
+    """
+    orders, units = (1, 1, 2, 2, 2, 2, 3, 3), 2         # ids that a slice is by; hidden units of an expert
 
     def __init__(self, config: GPTConfig, hidden: int | None = None):
-        hidden, G = hidden or 4 * config.n_embd, len(self.kinds)
-        sliced = max(1, hidden // self.share // G) * G              # what does not divide stays with the others
-        super().__init__(config, sliced)
-        self.shared = MLP(config, hidden - sliced)
+        nn.Module.__init__(self)
+        self.k, self.E, G = 1, config.n_experts, len(self.orders)
+        self.shared = MLP(config, (hidden or 4 * config.n_embd) - G * self.units)
+        self.experts = nn.ModuleList([Rows(config, G * self.E, self.units)])        # of all slices
+        self.register_buffer('factors', torch.randint(1, PRIME, (G, max(self.orders))))
 
     def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
-        y, routing = super().forward(x, ids, noise)
-        return self.shared(x) + y, routing
+        routing = self.route(x, ids, noise)
+        y = self.experts[0](x.flatten(0, 1), routing.experts)
+        return self.shared(x) + y.view_as(x), routing
 
+    def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
+        experts = torch.stack([hash_last(ids, factors[:n]).flatten() % self.E + g * self.E
+                               for g, (n, factors) in enumerate(zip(self.orders, self.factors))], dim=1)    # (N, G)
+        counts = experts.new_zeros(len(self.orders) * self.E)
+        counts.index_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
+        nothing = x.new_zeros(len(experts), 1)
+        return Routing(nothing, nothing + 1, torch.ones_like(experts, dtype=x.dtype), experts, counts)
+
+    @torch.no_grad()
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
-        size = len(self.shared.c_fc.bias)
-        shared, sliced = cut(mlp, [size, len(mlp.c_fc.bias) - size])
+        G = len(self.orders)
+        shared, *parts = cut(mlp, [self.shared.c_fc.out_features, *[self.units] * G])
         self.shared.load_state_dict(shared.state_dict())
-        super().upcycle(sliced, expert_noise, frequency)
+        tables = [table.view(G, self.E, -1) for table in self.experts[0].tables()]
+        for g, part in enumerate(parts):
+            own = part.c_fc.weight, part.c_fc.bias, part.c_proj.weight.t(), part.c_proj.bias
+            for table, p in zip(tables, own):
+                table[g] = p.reshape(-1)                                    # in all E rows
+                if expert_noise:
+                    table[g] += expert_noise * p.std(correction=0) * torch.randn_like(table[g])
 
 
 HASHED = {      # by config.router
-    'hash': BalancedHash, 'sliced_hash': SlicedBalanced4, 'ngram': SlicedNGram, 'half_ngram': HalfNGram}
+    'hash': BalancedHash, 'sliced_hash': SlicedBalanced4, 'ngram': SlicedNGram, 'lookup': Lookup}
 
 
 if __name__ == '__main__':
@@ -191,7 +237,7 @@ if __name__ == '__main__':
     print(f'{"the text":14}', *text, sep='  ')
     for name, kind in HASHED.items():
         moe = kind(config)
-        for i, part in enumerate(getattr(moe, 'slices', [moe])):
-            part.upcycle(MLP(config, part.experts[0].c_fc.out_features), 0.0, None)
-            experts = part.choose(torch.zeros(len(text), 8), ids)[:, 0].tolist()
+        moe.upcycle(MLP(config), 0.0, None)
+        slices = moe.route(torch.zeros(len(text), 32), ids, None).experts.T % 8             # (G, N)
+        for i, experts in enumerate(slices.tolist()):
             print(f'{name if not i else "":14}', *experts, sep='  ')

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from model import GPT, MLP, GPTConfig, MoE, Routing, count_pairs
-from scale.hashed import (BalancedHash, Bigram, HalfNGram, Hash, Sliced, SlicedBalanced4,    # noqa: F401
-                          SlicedNGram, Trigram)
+from scale.hashed import (BalancedHash, Bigram, Hash, Lookup, Sliced, SlicedBalanced4, SlicedNGram,     # noqa: F401
+                          Trigram, cut)
 
 
 def build(config: GPTConfig, mixture: type[MoE]) -> GPT:
@@ -223,13 +223,51 @@ class SlicedNGram2222(Sliced):
     kinds = (Bigram,) * 4
 
 
-class Half1223(HalfNGram):
-    """router='half_ngram', by the name that its rows have."""
+class Half1223(Sliced):
+    """Half of the hidden units stay one MLP for all tokens, as the shared expert of DeepSeekMoE (arXiv 2401.06066,
+    section 3.2). The other half are slices, by the last one, two, two and three ids. The arithmetic stays the dense
+    model's."""
+    kinds = Hash, Bigram, Bigram, Trigram
+    share = 2           # one of so many hidden units is in a slice
+
+    def __init__(self, config: GPTConfig, hidden: int | None = None):
+        hidden, G = hidden or 4 * config.n_embd, len(self.kinds)
+        sliced = max(1, hidden // self.share // G) * G              # what does not divide stays with the others
+        super().__init__(config, sliced)
+        self.shared = MLP(config, hidden - sliced)
+
+    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
+        y, routing = super().forward(x, ids, noise)
+        return self.shared(x) + y, routing
+
+    def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:
+        size = len(self.shared.c_fc.bias)
+        shared, sliced = cut(mlp, [size, len(mlp.c_fc.bias) - size])
+        self.shared.load_state_dict(shared.state_dict())
+        super().upcycle(sliced, expert_noise, frequency)
 
 
-class Quarter1223(HalfNGram):
+class Quarter1223(Half1223):
     share = 4
 
 
-class Eighth1223(HalfNGram):
+class Eighth1223(Half1223):
     share = 8
+
+
+# Experts that are looked up (scale/hashed.py): other numbers of hidden units in each, and of slices
+
+class Lookup1(Lookup):
+    units = 1
+
+
+class Lookup2(Lookup):
+    """router='lookup', by the name that its rows have."""
+
+
+class Lookup4(Lookup):
+    units = 4
+
+
+class Lookup1x16(Lookup):
+    orders, units = (1,) * 2 + (2,) * 7 + (3,) * 7, 1

@@ -231,7 +231,7 @@ def test_every_parameter_has_gpt2s_initial_spread_and_matrices_but_routers_decay
     (dict(moe_layers=(1, 1)), 'moe_layers must be different'), (dict(dropout=math.nan), 'dropout must be'),
     (dict(experts_per_token=5), 'experts_per_token must be at most n_experts=4'),
     (dict(router='ngram', experts_per_token=2), 'router=ngram sends a token to one expert; set experts_per_token=1'),
-    (dict(router='half_ngram', experts_per_token=1, n_embd=1, n_head=1), 'set n_embd to at least 2')])
+    (dict(router='lookup', experts_per_token=1, n_embd=4, n_head=1), 'set n_embd to at least 5')])
 def test_configs_that_cannot_be_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         GPT(replace(TINY, **change))

@@ -21,8 +21,8 @@ from study import routers
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=16, moe_layers=(0,), n_experts=4)
 ROUTERS = [kind for kind in vars(routers).values() if isinstance(kind, type) and issubclass(kind, MoE)]
 ROUTERS.remove(routers.Sliced)                                      # its subclasses say of what
-for kind in (routers.Half1223, routers.Quarter1223, routers.Eighth1223):        # HalfNGram with other widths
-    ROUTERS.remove(kind)
+for kind in (routers.Quarter1223, routers.Eighth1223, routers.Lookup1, routers.Lookup2, routers.Lookup4):
+    ROUTERS.remove(kind)                                            # others in other widths
 every_router = pytest.mark.parametrize('kind', ROUTERS, ids=lambda kind: kind.__name__)
 needs_grouped = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='grouped_mm came with PyTorch 2.10')
 exactly = {'rtol': 0, 'atol': 0}
@@ -359,12 +359,12 @@ def test_slices_are_mixtures_of_their_own_whose_outputs_are_added(kind):
     x, ids = torch.randn(2, 8, 16), torch.randint(11, (2, 10))
     y, routing = moe(x, ids)
     alone = [part(x, ids) for part in moe.slices]
-    shared = moe.shared(x) if kind is routers.HalfNGram else 0
+    shared = moe.shared(x) if kind is routers.Half1223 else 0
     torch.testing.assert_close(y, sum(each for each, _ in alone) + shared)
     assert routing.counts.tolist() == [n for _, of in alone for n in of.counts.tolist()]
     balance = sum(load_balance_loss(of) for _, of in alone) / len(alone)
     torch.testing.assert_close(load_balance_loss(routing), balance)
-    said = {'SlicedNGram': '1232', 'HalfNGram': '1223'}.get(kind.__name__)
+    said = {'SlicedNGram': '1232'}.get(kind.__name__)
     said = said or kind.__name__[len(kind.__name__.rstrip('0123456789')):] or '4'
     expected = [int(n) for n in said] if len(said) == 4 else [1] * int(said)
     assert [getattr(part, 'n', 1) for part in moe.slices] == expected           # how many ids they read
@@ -384,6 +384,44 @@ def test_some_hidden_units_stay_one_mlp_and_the_others_are_four_slices_beside_it
     assert {expert.c_proj.weight.shape for expert in moe.experts} == {(channels, narrow)}
     biases = 4 * channels                                           # one output's more for each slice
     assert model.count_parameters()[1] == dense.count_parameters()[0] + biases
+
+
+@pytest.mark.parametrize('kind, orders, units', [
+    (routers.Lookup, '11222233', 2), (routers.Lookup4, '11222233', 4), (routers.Lookup1x16, '1122222223333333', 1)])
+def test_a_token_looks_up_an_expert_of_each_slice_which_is_an_mlp_keyed_by_its_last_ids(kind, orders, units):
+    torch.manual_seed(0)
+    model = shaken(routers.build(SHAPE, kind).double())
+    moe, x, ids = model.h[0].mlp, torch.randn(2, 30, 16).double(), torch.randint(3, (2, 32))
+    (y, routing), tables, expected = moe(x, ids), moe.experts[0].tables(), moe.shared(x)
+    experts = routing.experts.view(2, 30, len(orders))
+    for b, i, g in torch.cartesian_prod(torch.arange(2), torch.arange(30), torch.arange(len(orders))).tolist():
+        w1, b1, w2, b2 = (table[experts[b, i, g]] for table in tables)
+        mlp = MLP(SHAPE, units).double()
+        mlp.load_state_dict({'c_fc.weight': w1.view(units, 16), 'c_fc.bias': b1,
+                             'c_proj.weight': w2.view(units, 16).T, 'c_proj.bias': b2})
+        expected[b, i] += mlp(x[b, i])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    assert routing.counts.tolist() == torch.bincount(experts.flatten(), minlength=4 * len(orders)).tolist()
+    for g, n in enumerate(map(int, orders)):
+        assert experts[..., g].min() >= 4 * g and experts[..., g].max() < 4 * g + 4
+        by_n, by_fewer = {}, {}
+        for b, i in torch.cartesian_prod(torch.arange(2), torch.arange(30)).tolist():
+            last = tuple(ids[b, i + 3 - n:i + 3].tolist())
+            by_n.setdefault(last, set()).add(experts[b, i, g].item())
+            by_fewer.setdefault(last[1:], set()).add(experts[b, i, g].item())
+        assert all(len(each) == 1 for each in by_n.values()) and any(len(each) > 1 for each in by_fewer.values())
+    # AdamW decays the matrices and not the biases
+    groups = [{*map(tuple, map(torch.Tensor.size, group['params']))} for group in model.parameter_groups(0.1)]
+    E = 4 * len(orders)
+    assert {(E, 16 * units)} <= groups[0] and {(E, 1, units), (E, 1, 16)} <= groups[1]
+    dense = GPT(replace(SHAPE, moe_layers=())).count_parameters()[0]
+    assert model.count_parameters()[1] == dense + 16 * len(orders)              # one output's bias more for each slice
+
+
+@pytest.mark.parametrize('n_experts, kept', [(128, True), (129, False)])
+def test_the_log_holds_no_shares_of_more_than_1024_experts(n_experts, kept, cfg):
+    train.train(replace(cfg, router='lookup', experts_per_token=1, n_experts=n_experts, max_steps=1))
+    assert [bool(row['share']) for row in log(cfg)] == [kept] * 2
 
 
 def test_after_a_step_each_slice_hears_of_its_own_experts():

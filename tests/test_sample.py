@@ -101,7 +101,7 @@ def test_colour_is_for_terminals_unless_forced_and_the_text_is_the_same(
 
 @pytest.mark.parametrize('change, k', [
     (dict(n_experts=8), 2), (dict(router='ngram', experts_per_token=1), 4),
-    (dict(router='half_ngram', experts_per_token=1, n_experts=64), 4)])             # 256: the busiest 64
+    (dict(router='lookup', experts_per_token=1, n_experts=64), 8)])                 # 512: the busiest 64
 def test_the_legend_counts_every_expert_of_a_token_and_colours_those_that_come_first(change, k, cfg, capsys, tmp_path):
     train.train(replace(cfg, max_steps=1, **change))
     settings = dict(init_from=cfg.out_dir, color='always', html=str(tmp_path / 'page.html'), device='cpu')

@@ -125,7 +125,8 @@ def test_grouped_products_are_refused_for_rows_that_are_not_whole_16_bytes(preci
 @pytest.mark.parametrize('device, change, refuses', [
     ('cuda:0', dict(n_experts=1023), False), ('cuda:0', dict(n_experts=1024), True),
     ('cpu', dict(n_experts=1024), False), ('cuda:0', dict(n_experts=1024, precision='fp32'), False),
-    ('cuda:0', dict(n_experts=256, router='ngram', experts_per_token=1), True)])          # of four slices
+    ('cuda:0', dict(n_experts=256, router='ngram', experts_per_token=1), True),           # of four slices
+    ('cuda:0', dict(n_experts=1024, router='lookup', experts_per_token=1), False)])       # in none
 def test_grouped_products_are_refused_for_more_experts_than_the_gpus_kernel_takes(
         device, change, refuses, cfg, capsys, monkeypatch):
     monkeypatch.setattr(GPT, 'to', lambda model, device: model)
@@ -138,14 +139,20 @@ def test_grouped_products_are_refused_for_more_experts_than_the_gpus_kernel_take
 
 @pytest.mark.parametrize('change, message', [
     (dict(dispatch='loop'), 'add --dispatch=triton'),
-    (dict(dispatch='grouped', precision='fp32'), '--precision=bf16, or --dispatch=triton')])
+    (dict(dispatch='grouped', precision='fp32'), '--precision=bf16, or --dispatch=triton'),
+    (dict(dispatch='capacity', router='lookup'), 'no dispatch that capacity could replace; add --dispatch=loop'),
+    (dict(dispatch='loop', router='lookup'), ''), (dict(dispatch='grouped', precision='fp32', router='lookup'), '')])
 def test_a_graph_is_refused_for_mixtures_that_it_cannot_hold_also_if_they_are_the_parents(
         change, message, cfg, capsys, monkeypatch):
+    cfg = replace(cfg, router=change.pop('router', 'learned'), experts_per_token=1)
     train.train(cfg)
     child = replace(cfg, init_from=cfg.out_dir, out_dir=cfg.out_dir + '2', moe_layers=(), cuda_graph=True,
-                    **change)
+                    router='learned', **change)
     monkeypatch.setattr(runs, 'set_up_device', lambda c: 'cpu')
-    refused(message, capsys, train.train, child)
+    if message:
+        refused(message, capsys, train.train, child)
+    else:
+        runs.set_up_model(runs.load_model(cfg.out_dir)[0], replace(cfg, cuda_graph=True, **change), 'cpu')
 
 
 def test_padded_rows_change_no_logit_and_no_gradient():
