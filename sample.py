@@ -185,7 +185,7 @@ def sample(cfg: Config, build: Callable[[GPTConfig], GPT] = GPT) -> None:
     if coloured:
         print('-' * 80)
         experts, probs = zip(*(token.routes[layer] for row in samples for token in row))
-        print_legend(layer, experts, n_experts=len(probs[0]))
+        print_legend(layer, experts, n_experts=max(len(probs[0]), 1 + max(chain(*experts))))    # some have no probs
     if page:
         try:
             with page:

@@ -23,29 +23,34 @@ const add = (to, tag, text) => Object.assign(to.appendChild(document.createEleme
 const colour = expert => `background: rgb(${colours[expert % colours.length]})`
 const spans = samples.map(tokens => ({tokens, pre: add(main, 'pre', '')})).flatMap(({tokens, pre}) =>
   tokens.map(([text, routes]) => Object.assign(add(pre, 'span', text), {routes})))
-function show(title, numbers, chosen) {
+function show(title, bars, chosen) {                // bars: [expert, its number], ...
   [output.textContent, experts.textContent] = [title, '']
-  numbers.forEach((number, expert) => {
+  for (const [expert, number] of bars) {
     const bar = add(experts, 'div', (100 * number).toFixed(1) + '%')
     add(bar, 'i', '').style = `${colour(expert)}; height: ${4.2 * number}rem`
     add(bar, chosen.includes(expert) ? 'b' : 'span', expert)
-  })
+  }
 }
 function paint() {
-  const shares = spans[0].routes[select.value][1].map(() => 0)
+  const shares = new Map(spans[0].routes[select.value][1].map((_, expert) => [expert, 0]))
   for (const {routes, style} of spans) {
     const [chosen] = routes[select.value]
     style.cssText = colour(chosen[0])
-    for (const expert of chosen) shares[expert] += 1 / spans.length
+    for (const expert of chosen) shares.set(expert, (shares.get(expert) || 0) + 1 / spans.length)
   }
-  show('share of the tokens that each expert got; a token has the colour of its first expert; ' +
-       'point at it for its probabilities', shares, [])
+  const busiest = [...shares].sort((a, b) => b[1] - a[1]).slice(0, 64).sort((a, b) => a[0] - b[0])
+  show('share of the tokens that each expert got' + (shares.size > 64 ? ', the busiest 64' : '') +
+       '; a token has the colour of its first expert; point at it for its probabilities', busiest, [])
 }
 for (const i in spans[0].routes) add(select, 'option', i)
 select.value = layer
 select.onchange = main.onpointerleave = paint
-main.onpointerover = ({target: {routes, textContent: text}}) =>
-  routes && show(`probabilities of ${JSON.stringify(text)}`, routes[select.value][1], routes[select.value][0])
+main.onpointerover = ({target: {routes, textContent: text}}) => {
+  if (!routes) return
+  const [chosen, probabilities] = routes[select.value]          // experts that are looked up have none
+  const bars = probabilities.length > 1 ? probabilities.map((p, expert) => [expert, p]) : chosen.map(e => [e, 1])
+  show(`${probabilities.length > 1 ? 'probabilities' : 'experts'} of ${JSON.stringify(text)}`, bars, chosen)
+}
 paint()</script>
 '''
 

@@ -100,7 +100,7 @@ def test_colour_is_for_terminals_unless_forced_and_the_text_is_the_same(
 
 
 @pytest.mark.parametrize('change, k', [
-    (dict(n_experts=8), 2), (dict(router='ngram', experts_per_token=1), 4),
+    (dict(n_experts=8), 2), (dict(router='ngram', n_experts=8, experts_per_token=1), 4),
     (dict(router='lookup', experts_per_token=1, n_experts=64), 8)])                 # 512: the busiest 64
 def test_the_legend_counts_every_expert_of_a_token_and_colours_those_that_come_first(change, k, cfg, capsys, tmp_path):
     train.train(replace(cfg, max_steps=1, **change))
@@ -113,7 +113,7 @@ def test_the_legend_counts_every_expert_of_a_token_and_colours_those_that_come_f
     assert f'each goes to {k} experts' in legend and {*map(len, routes)} == {k}
     cells = re.findall(r'(\x1b\[30[0-9;]*m)? (\d+) +(\d+)% ', legend.partition('\n')[2])
     counts = Counter(expert for experts in routes for expert in experts)
-    shown, n = [int(expert) for _, expert, _ in cells], len(tokens[0][1]['1'][1])
+    shown, n = [int(expert) for _, expert, _ in cells], change['n_experts'] * (k if 'router' in change else 1)
     assert shown == sorted(shown) and len(shown) == min(n, 64)
     assert max(map(len, re.sub(r'\x1b\[[0-9;]*m', '', legend).splitlines())) <= 80
     assert min(counts[i] for i in shown) >= max((counts[i] for i in {*range(n)} - {*shown}), default=0)
