@@ -67,7 +67,7 @@ class GPTConfig:
                              f'not {self.experts_per_token}')
         if self.router != 'learned' and self.experts_per_token > 1:
             raise ValueError(f'router={self.router} sends a token to one expert; set experts_per_token=1')
-        if self.router == 'lookup' and self.n_embd < 5:
+        if self.router == 'lookup' and self.moe_layers and self.n_embd < 5:
             raise ValueError("router=lookup takes 16 of an MLP's 4 * n_embd hidden units; set n_embd to at least 5")
 
 

@@ -494,18 +494,19 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
 
     dispatch='parallel' leaves in each process its experts alone, and so in a checkpoint's optimizer.
     """
-    looked_up = cfg.router == 'lookup'              # whatever the dispatch
-    if looked_up and cfg.dispatch in ('capacity', 'parallel'):
+    mixtures = list(model.mixtures().values())
+    dispatched = [moe for moe in mixtures if moe.dispatch]          # router='lookup' has none
+    if len(dispatched) < len(mixtures) and cfg.dispatch in ('capacity', 'parallel'):
         die(f'router=lookup has no dispatch that {cfg.dispatch} could replace; add --dispatch=loop')
-    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'loop' and not looked_up:
+    if cfg.cuda_graph and dispatched and cfg.dispatch == 'loop':
         die('cuda_graph cannot hold a loop that waits for the device; add --dispatch=triton, or '
             '--dispatch=grouped with --precision=bf16')
-    if cfg.cuda_graph and cfg.moe_layers and cfg.dispatch == 'grouped' and cfg.precision != 'bf16' and not looked_up:
+    if cfg.cuda_graph and dispatched and cfg.dispatch == 'grouped' and cfg.precision != 'bf16':
         die('outside bf16 grouped products wait for the device, which cuda_graph cannot hold; add '
             '--precision=bf16, or --dispatch=triton')
-    if cfg.dispatch == 'grouped' and not looked_up:
+    if cfg.dispatch == 'grouped':
         size = 2 if cfg.precision == 'bf16' else 4
-        for moe in model.mixtures().values():
+        for moe in dispatched:
             hidden, channels = moe.experts[0].c_fc.weight.shape
             if hidden * size % 16 or channels * size % 16:
                 die(f'grouped products need rows of whole 16 bytes, and experts are {channels} x {hidden} here; set '
@@ -514,9 +515,9 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
             if device.startswith('cuda') and cfg.precision == 'bf16' and len(moe.experts) >= 1024:
                 die('grouped products are of fewer than 1,024 experts, and all slices together have '
                     f'{len(moe.experts):,} here; add --dispatch=triton, or set a lower --n_experts')
-    if cfg.dispatch == 'parallel' and model.mixtures():
+    if cfg.dispatch == 'parallel' and mixtures:
         from scale.parallel import spread
-        n = len(next(iter(model.mixtures().values())).experts)          # of all slices
+        n = len(mixtures[0].experts)                                    # of all slices
         if n % dist.get_world_size():
             die(f'{n} experts cannot be spread over {dist.get_world_size()} '
                 'processes; start a number that divides it')
@@ -531,7 +532,7 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
         from scale.capacity import capacity
         dispatch = partial(capacity, factor=cfg.capacity_factor)
     if cfg.dispatch in ('grouped', 'triton', 'capacity'):
-        for moe in model.mixtures().values():
+        for moe in dispatched:
             moe.dispatch = dispatch
     if cfg.precision != 'fp32' and device.startswith('cuda'):
         from scale.head import padded_logits

@@ -168,7 +168,7 @@ def measure(model: GPT, data: dict[str, np.ndarray], cfg: Config, device: str, s
     losses, share = evaluate(model, data, cfg, device, stop, forward)
     val = {domain: fmean(values) for domain, values in losses.items()}
     runs.print_evaluation(label, val, share, cfg, warn)
-    # of thousands of experts a row of the log would be a megabyte
+    # of tens of thousands of experts a row of the log would be a megabyte
     share = {layer: of for layer, of in share.items() if all(len(shares) <= 1024 for shares in of.values())}
     return {'val': val, 'val_mean': fmean(val.values()), 'share': share}
 
@@ -293,8 +293,8 @@ def train(cfg: Config, explicit: set[str] = frozenset(), build: Callable[[GPTCon
         folder = runs.begin_folder(cfg, config, model, sizes, device, meta, parent, at_first.get('val'), step,
                                    new=not start.optimizer)
     del start                                                       # and the memory of what was read
-    if world > 1:       # where experts are idle, parameters get no gradient in any process
-        idle = bool(cfg.moe_layers) and cfg.dispatch != 'parallel'  # there DDP ignores the experts
+    if world > 1:       # where experts are idle, parameters get no gradient. Those that are spread DDP ignores
+        idle = any(moe.dispatch for moe in model.mixtures().values()) and cfg.dispatch != 'parallel'
         wrapped = DistributedDataParallel(model, find_unused_parameters=idle)
     work, forward, clip, update = parts_of_a_step(wrapped, optimizer, cfg, balance_loss)
 

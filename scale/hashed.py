@@ -15,13 +15,13 @@ own, a token has experts of both kinds.
                                                 small that each token looks up its own; most of the MLP stays dense
     python -m scale.hashed                      what a short text is sent to
 
-Two slices by two ids have different factors, and a slice by one id has a table that is drawn at random. Where a
-sequence begins, -1 stands for the ids before it.
+Two slices by two ids have different factors. A slice by one id has a table that is drawn at random, or, of lookup,
+a factor as well. Where a sequence begins, -1 stands for the ids before it.
 
-The arithmetic is the dense model's. What it costs is parameters, and time where four slices of 8 small experts,
-for which each token is sorted and put back four times, take more than one large MLP: study/RESULTS.md. What a
-hash draws or counts is a buffer, saved with the weights. The experts of a token are known as soon as it is, so
-they can be fetched ahead of need (scale/offload.py, for router='hash').
+The arithmetic is the dense model's. What it costs is parameters, and time: four slices of 8 experts sort each token
+and put it back four times, and lookup copies the rows of each token and has AdamW go through all of them
+(study/RESULTS.md). What a hash draws or counts is a buffer, saved with the weights. The experts of a token are known
+as soon as it is, so they can be fetched ahead of need (scale/offload.py, for router='hash').
 """
 
 import copy
@@ -191,10 +191,10 @@ class Lookup(MoE):
     """
     orders, units = (1, 1, 2, 2, 2, 2, 3, 3), 2         # ids that a slice is by; hidden units of an expert
 
-    def __init__(self, config: GPTConfig, hidden: int | None = None):
+    def __init__(self, config: GPTConfig):
         nn.Module.__init__(self)
-        self.k, self.E, G = 1, config.n_experts, len(self.orders)
-        self.shared = MLP(config, (hidden or 4 * config.n_embd) - G * self.units)
+        self.E, self.dispatch, G = config.n_experts, None, len(self.orders)
+        self.shared = MLP(config, 4 * config.n_embd - G * self.units)
         self.experts = nn.ModuleList([Rows(config, G * self.E, self.units)])        # of all slices
         self.register_buffer('factors', torch.randint(1, PRIME, (G, max(self.orders))))
 
@@ -206,10 +206,10 @@ class Lookup(MoE):
     def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
         experts = torch.stack([hash_last(ids, factors[:n]).flatten() % self.E + g * self.E
                                for g, (n, factors) in enumerate(zip(self.orders, self.factors))], dim=1)    # (N, G)
-        counts = experts.new_zeros(len(self.orders) * self.E)
-        counts.index_add_(0, experts.flatten(), torch.ones_like(experts).flatten())
+        one = torch.ones_like(experts.flatten(), dtype=torch.int32)         # older PyTorch adds no int64 on a Mac
+        counts = one.new_zeros(len(self.orders) * self.E).index_add_(0, experts.flatten(), one)
         nothing = x.new_zeros(len(experts), 1)
-        return Routing(nothing, nothing + 1, torch.ones_like(experts, dtype=x.dtype), experts, counts)
+        return Routing(nothing, nothing + 1, torch.ones_like(experts, dtype=x.dtype), experts, counts.long())
 
     @torch.no_grad()
     def upcycle(self, mlp: MLP, expert_noise: float, frequency: Tensor | None) -> None:

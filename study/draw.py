@@ -216,7 +216,7 @@ def draw_run(folder: str) -> 'plt.Figure':
     if not rows:
         die(f'{folder} holds no log.jsonl with an evaluation; name the folder of a run, such as out/tiny')
     with runs.reading(os.path.join(folder, 'log.jsonl')):
-        steps, layers = [row['step'] for row in rows], list(rows[0]['share'])
+        steps, layers = [row['step'] for row in rows], list(rows[-1]['share'])
     figure, axes = plt.subplots(1, 1 + len(layers), figsize=(4.5 * (1 + len(layers)), 3.2), layout='constrained',
                                 squeeze=False)
     curves = {domain: [row['val'][domain] for row in rows] for domain in rows[0]['val']}

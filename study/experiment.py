@@ -137,8 +137,8 @@ class Arm(NamedTuple):
 
 
 def arms(base: train.Config) -> dict[str, Arm]:
-    """Every arm of a scale: mixtures in the scale's own layers, in all of them by the name with _all, and two in the
-    first alone, then also with more experts."""
+    """Every arm of a scale: mixtures in the scale's own layers, in all of them by the name with _all, and some in the
+    first alone, with more experts."""
     two, dense, unbalanced = {'experts_per_token': 2}, {'moe_layers': ()}, {'balance_coef': 0.0}
     kinds = {       # one expert per token, of a slice
         'frozen': routers.Frozen, 'slow_router': routers.SlowRouter, 'embedding': routers.ReadsEmbedding,

@@ -47,11 +47,11 @@ def load_mapped(path: str) -> tuple[GPT, dict]:
     """A checkpoint's model, each tensor a piece of the mapped file, and the checkpoint."""
     with runs.reading(path):
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        dense = not saved['config']['moe_layers']
-    if dense:
+        shape, kind = runs.shape_of(saved), getattr(routers, saved.get('mixture') or 'MoE')
+    if not shape.moe_layers:
         die(f'{path} has no mixtures; name the run of one with --init_from')
     with torch.device('meta'):
-        model = routers.build(runs.shape_of(saved), getattr(routers, saved.get('mixture', 'MoE')))
+        model = routers.build(shape, kind)
     model.load_state_dict(saved['model'], assign=True)
     return model.eval(), saved
 

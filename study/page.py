@@ -32,22 +32,23 @@ function show(title, bars, chosen) {                // bars: [expert, its number
   }
 }
 function paint() {
-  const shares = new Map(spans[0].routes[select.value][1].map((_, expert) => [expert, 0]))
+  const probabilities = spans[0].routes[select.value][1], some = probabilities.length > 1   // looked up: none
+  const shares = new Map(some ? probabilities.map((_, expert) => [expert, 0]) : [])
   for (const {routes, style} of spans) {
     const [chosen] = routes[select.value]
     style.cssText = colour(chosen[0])
     for (const expert of chosen) shares.set(expert, (shares.get(expert) || 0) + 1 / spans.length)
   }
   const busiest = [...shares].sort((a, b) => b[1] - a[1]).slice(0, 64).sort((a, b) => a[0] - b[0])
-  show('share of the tokens that each expert got' + (shares.size > 64 ? ', the busiest 64' : '') +
-       '; a token has the colour of its first expert; point at it for its probabilities', busiest, [])
+  show('share of the tokens that each expert got' + (shares.size > 64 ? ', the busiest 64' : '') + '; a token ' +
+       `has the colour of its first expert; point at it for its ${some ? 'probabilities' : 'experts'}`, busiest, [])
 }
 for (const i in spans[0].routes) add(select, 'option', i)
 select.value = layer
 select.onchange = main.onpointerleave = paint
 main.onpointerover = ({target: {routes, textContent: text}}) => {
   if (!routes) return
-  const [chosen, probabilities] = routes[select.value]          // experts that are looked up have none
+  const [chosen, probabilities] = routes[select.value]
   const bars = probabilities.length > 1 ? probabilities.map((p, expert) => [expert, p]) : chosen.map(e => [e, 1])
   show(`${probabilities.length > 1 ? 'probabilities' : 'experts'} of ${JSON.stringify(text)}`, bars, chosen)
 }

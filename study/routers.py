@@ -255,18 +255,10 @@ class Eighth1223(Half1223):
     share = 8
 
 
-# Experts that are looked up (scale/hashed.py): other numbers of hidden units in each, and of slices
-
-class Lookup1(Lookup):
-    units = 1
-
+# Experts that are looked up (scale/hashed.py)
 
 class Lookup2(Lookup):
     """router='lookup', by the name that its rows have."""
-
-
-class Lookup4(Lookup):
-    units = 4
 
 
 class Lookup1x16(Lookup):

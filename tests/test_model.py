@@ -213,11 +213,13 @@ def test_parameter_counts_of_gpt2_small(moe_layers, k, expected):
         assert GPT(GPTConfig(moe_layers=tuple(moe_layers), experts_per_token=k)).count_parameters() == expected
 
 
-def test_every_parameter_has_gpt2s_initial_spread_and_matrices_but_routers_decay():
-    model = new(replace(TINY, n_embd=64))
+@pytest.mark.parametrize('change', [dict(), dict(router='lookup', experts_per_token=1)])
+def test_every_parameter_has_gpt2s_initial_spread_and_matrices_but_routers_decay(change):
+    model = new(replace(TINY, n_embd=64, **change))
     groups = model.parameter_groups(0.1)
     decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
     assert sum(len(group['params']) for group in groups) == len(list(model.parameters())) == len(decay)
+    assert 'h.2.mlp.experts.0.c_proj.weight' in dict(model.named_parameters())  # or it would not be known by its name
     for name, p in model.named_parameters():
         matrix = name.endswith('.weight') and 'ln_' not in name
         std = 0.02 / math.sqrt(6) if name.endswith('c_proj.weight') else 0.02 * matrix

@@ -15,13 +15,13 @@ import train
 from conftest import After, assert_same, load, log, refused
 from model import GPT, MLP, GPTConfig, MoE, load_balance_loss, sorted_loop
 from scale.grouped import grouped
-from scale.hashed import HASHED
+from scale.hashed import HASHED, cut
 from study import routers
 
 SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=16, moe_layers=(0,), n_experts=4)
 ROUTERS = [kind for kind in vars(routers).values() if isinstance(kind, type) and issubclass(kind, MoE)]
 ROUTERS.remove(routers.Sliced)                                      # its subclasses say of what
-for kind in (routers.Quarter1223, routers.Eighth1223, routers.Lookup1, routers.Lookup2, routers.Lookup4):
+for kind in (routers.Quarter1223, routers.Eighth1223, routers.Lookup2):
     ROUTERS.remove(kind)                                            # others in other widths
 every_router = pytest.mark.parametrize('kind', ROUTERS, ids=lambda kind: kind.__name__)
 needs_grouped = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='grouped_mm came with PyTorch 2.10')
@@ -387,7 +387,7 @@ def test_some_hidden_units_stay_one_mlp_and_the_others_are_four_slices_beside_it
 
 
 @pytest.mark.parametrize('kind, orders, units', [
-    (routers.Lookup, '11222233', 2), (routers.Lookup4, '11222233', 4), (routers.Lookup1x16, '1122222223333333', 1)])
+    (routers.Lookup, '11222233', 2), (routers.Lookup1x16, '1122222223333333', 1)])
 def test_a_token_looks_up_an_expert_of_each_slice_which_is_an_mlp_keyed_by_its_last_ids(kind, orders, units):
     torch.manual_seed(0)
     model = shaken(routers.build(SHAPE, kind).double())
@@ -410,6 +410,8 @@ def test_a_token_looks_up_an_expert_of_each_slice_which_is_an_mlp_keyed_by_its_l
             by_n.setdefault(last, set()).add(experts[b, i, g].item())
             by_fewer.setdefault(last[1:], set()).add(experts[b, i, g].item())
         assert all(len(each) == 1 for each in by_n.values()) and any(len(each) > 1 for each in by_fewer.values())
+    of_slices = {tuple((experts[..., g] % 4).flatten().tolist()) for g in range(len(orders))}
+    assert len(of_slices) == len(orders)                                        # each has a hash of its own
     # AdamW decays the matrices and not the biases
     groups = [{*map(tuple, map(torch.Tensor.size, group['params']))} for group in model.parameter_groups(0.1)]
     E = 4 * len(orders)
@@ -418,10 +420,23 @@ def test_a_token_looks_up_an_expert_of_each_slice_which_is_an_mlp_keyed_by_its_l
     assert model.count_parameters()[1] == dense + 16 * len(orders)              # one output's bias more for each slice
 
 
+def test_looked_up_experts_begin_with_the_noise_that_is_asked_for():
+    config = replace(SHAPE, n_embd=64, n_experts=50)
+    parent, moe = shaken(GPT(replace(config, moe_layers=()))).h[0].mlp, routers.Lookup(config)
+    moe.upcycle(parent, 0.01, None)
+    _, *parts = cut(parent, [256 - 16, *[2] * 8])
+    for g, part in enumerate(parts):
+        own = part.c_fc.weight, part.c_fc.bias, part.c_proj.weight.T, part.c_proj.bias
+        for table, p in zip(moe.experts[0].tables(), own):
+            noise = table.view(8, 50, -1)[g] - p.reshape(-1)
+            assert noise.std().item() == pytest.approx(0.01 * p.std(correction=0).item(), rel=0.3)
+
+
 @pytest.mark.parametrize('n_experts, kept', [(128, True), (129, False)])
-def test_the_log_holds_no_shares_of_more_than_1024_experts(n_experts, kept, cfg):
+def test_the_log_holds_no_shares_of_more_than_1024_experts_but_they_are_printed(n_experts, kept, cfg, capsys):
     train.train(replace(cfg, router='lookup', experts_per_token=1, n_experts=n_experts, max_steps=1))
     assert [bool(row['share']) for row in log(cfg)] == [kept] * 2
+    assert f'{8 * n_experts:,} experts, the busiest has' in capsys.readouterr().out
 
 
 def test_after_a_step_each_slice_hears_of_its_own_experts():

@@ -126,7 +126,7 @@ def test_grouped_products_are_refused_for_rows_that_are_not_whole_16_bytes(preci
     ('cuda:0', dict(n_experts=1023), False), ('cuda:0', dict(n_experts=1024), True),
     ('cpu', dict(n_experts=1024), False), ('cuda:0', dict(n_experts=1024, precision='fp32'), False),
     ('cuda:0', dict(n_experts=256, router='ngram', experts_per_token=1), True),           # of four slices
-    ('cuda:0', dict(n_experts=1024, router='lookup', experts_per_token=1), False)])       # in none
+    ('cuda:0', dict(n_embd=6, router='lookup', experts_per_token=1), False)])             # no product
 def test_grouped_products_are_refused_for_more_experts_than_the_gpus_kernel_takes(
         device, change, refuses, cfg, capsys, monkeypatch):
     monkeypatch.setattr(GPT, 'to', lambda model, device: model)
@@ -135,6 +135,14 @@ def test_grouped_products_are_refused_for_more_experts_than_the_gpus_kernel_take
         refused('have 1,024 here; add --dispatch=triton', capsys, runs.set_up_model, GPT(c), c, device)
     else:
         runs.set_up_model(GPT(c), c, device)
+
+
+@pytest.mark.parametrize('dispatch', ['capacity', 'parallel'])
+def test_looked_up_experts_have_no_dispatch_to_replace_but_their_twin_may_name_one(dispatch, cfg, capsys):
+    lookup = replace(cfg, router='lookup', experts_per_token=1, dispatch=dispatch)
+    refused(f'no dispatch that {dispatch} could replace', capsys, runs.set_up_model, GPT(lookup), lookup, 'cpu')
+    twin = replace(lookup, moe_layers=(), n_embd=4)
+    runs.set_up_model(GPT(twin), twin, 'cpu')
 
 
 @pytest.mark.parametrize('change, message', [

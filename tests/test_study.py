@@ -123,6 +123,8 @@ def test_entropy_is_noted_in_bits_per_layer_and_of_slices_is_their_mean():
     slices = Entropy(lambda routing: None, n_experts=2, every=1)        # of 2 experts: 0 bits and 1 bit
     slices(Routing(None, torch.tensor([[[0.5, 0, 0.25, 0.25]]]), None, None, None))
     assert slices.noted == [[0.5]]
+    slices(Routing(None, torch.ones(1, 5, 1), None, None, None))        # experts that are looked up
+    assert slices.noted == [[0.5], [0.0]]
 
 
 SOURCE = 'def f(x):  # hé\n    return "ü{}" + str(0x1F)\n'
