@@ -49,7 +49,7 @@ from study.packages import load_with_other
 from study.rows import (COMMITTED, COUNTS, SHORT, TIME_KEY, add_row, best_rate, next_rate, pick, ratios, read_rows,
                         tables, tried)
 
-CORE, CORE_ROWS = 'twin,top1,top2,sliced_ngram_all', 'out/experiment/core.json'
+CORE, CORE_ROWS = 'twin,top1,top2,lookup2_first1024', 'out/experiment/core.json'
 LEARNED = {     # arms of which a row says what their mixtures chose
     'top1', 'top1_all', 'top2', 'top2_all', 'sliced4_all', 'balanced_all', 'sliced_balanced4_all', 'sliced_ngram_all'}
 
