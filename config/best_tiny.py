@@ -2,7 +2,7 @@
 # which a token looks up by its last one, two or three bytes. All else stays dense. No router
 #   python train.py config/tiny_dense.py        the parent, first
 #   python train.py config/best_tiny.py
-# Rows: study/RESULTS.md, arm lookup2_first1024: 18.6% below the dense twin, 15.3 ± 0.7% in equal time. With
+# Rows: study/RESULTS.md, arm lookup2_first1024: 18.6% below the dense twin, 15.3% in equal time. With
 # --n_experts=4096 it is 20.0%, in 1.55 instead of 1.29 times the twin's time on one thread. On little text, read
 # many times, mixtures by n-grams want a lower --learning_rate ("Less text" there; this one was not tried).
 from config.tiny import *

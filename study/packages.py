@@ -2,7 +2,7 @@
 
     pip download --no-deps --only-binary=:all: --dest=data/wheels --requirement=study/packages.txt
     python -m study.packages                        writes data/packages and data/modules, in GPT-2's encoding
-    python -m study.experiment --scale=gpt2_code --init_from=gpt2 --arms=twin,half1223_first64
+    python -m study.experiment --scale=gpt2_code --init_from=gpt2 --arms=twin,lookup2_first8192
 
 data/packages holds out each sixteenth package whole. data/modules has the other packages and holds out each 64th
 of their files: new text of packages that a run trains on. What data/packages holds out is in it too, under the name
