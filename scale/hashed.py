@@ -158,8 +158,8 @@ class SlicedNGram(Sliced):
 
 
 class Rows(nn.Module):
-    """E MLPs of a few hidden units each. An expert's weights are a row of two tables, and its biases of two others, so
-    they are looked up as embeddings are."""
+    """E MLPs of a few hidden units each. An expert's weights are a row in each of two tables, its biases a row in each
+    of two others, and all are looked up as embeddings are."""
 
     def __init__(self, config: GPTConfig, E: int, units: int):
         super().__init__()
@@ -184,10 +184,10 @@ class Rows(nn.Module):
 
 
 class Lookup(MoE):
-    """Eight slices of two hidden units each, of n_experts experts each; all other units are one MLP for all tokens.
+    """16 hidden units are eight slices of two, each with n_experts experts. All others are one MLP for all tokens.
 
-    Experts so small need no dispatch: each token looks up its own (of one unit and chosen by a router in arXiv
-    2407.04153). No expert has a probability, so the routing's logits and probs have one column (N, 1).
+    Experts so small need no dispatch: each token looks up its own. (arXiv 2407.04153 has them of one unit, chosen
+    by a router.) No expert has a probability, so the routing's logits and probs have one column (N, 1).
     """
     orders, units = (1, 1, 2, 2, 2, 2, 3, 3), 2         # ids that a slice is by; hidden units of an expert
 

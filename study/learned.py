@@ -90,7 +90,7 @@ def entropy(probs: Tensor, n_experts: int) -> Tensor:
     Slices have a softmax each, their probabilities the sum 1 together: it is the mean over the slices.
     """
     bits = torch.special.entr(probs).sum(dim=-1).mean(dim=-1) / math.log(2)
-    return bits - math.log2(max(1, probs.shape[-1] // n_experts))       # one column is looked up
+    return bits - math.log2(max(1, probs.shape[-1] // n_experts))       # a lookup has one column
 
 
 class Entropy:

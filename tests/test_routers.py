@@ -22,7 +22,7 @@ SHAPE = GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=16, m
 ROUTERS = [kind for kind in vars(routers).values() if isinstance(kind, type) and issubclass(kind, MoE)]
 ROUTERS.remove(routers.Sliced)                                      # its subclasses say of what
 for kind in (routers.Quarter1223, routers.Eighth1223, routers.Lookup2):
-    ROUTERS.remove(kind)                                            # others in other widths
+    ROUTERS.remove(kind)                        # the same as others, but for a name or a width
 every_router = pytest.mark.parametrize('kind', ROUTERS, ids=lambda kind: kind.__name__)
 needs_grouped = pytest.mark.skipif(not hasattr(F, 'grouped_mm'), reason='grouped_mm came with PyTorch 2.10')
 exactly = {'rtol': 0, 'atol': 0}
