@@ -534,6 +534,10 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
     if cfg.dispatch in ('grouped', 'triton', 'capacity'):
         for moe in dispatched:
             moe.dispatch = dispatch
+    if cfg.dispatch == 'triton' and not torch.are_deterministic_algorithms_enabled():
+        for rows in (moe.experts[0] for moe in mixtures if not moe.dispatch):
+            from scale.lookup import fused
+            rows.forward = partial(fused, rows)
     if cfg.precision != 'fp32' and device.startswith('cuda'):
         from scale.head import padded_logits
         model.unembed = partial(padded_logits, model.wte.weight)

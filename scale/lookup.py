@@ -1,0 +1,98 @@
+"""The experts that a token looks up (scale/hashed.py) as two Triton kernels: their rows are read and never copied.
+
+PyTorch copies the rows of each token, so of all four tables, multiplies the copies, and sorts the ids once for each
+table's gradient. Here a program takes a token, reads its rows and writes its sum. In the backward pass it reads
+them again and adds what it owes each row to the tables' gradients. Many tokens have the same row, so these are
+atomic additions. Their order is chance, and so is the last bit.
+
+    python train.py config/best_gpt2.py         sets dispatch='triton'
+    python -m scale.lookup                      beside PyTorch, on an NVIDIA GPU
+
+--deterministic=True uses PyTorch's. Legend: N tokens, C n_embd, S slices, U hidden units of an expert, R = S * U rows
+of a token, P = C rounded up to a power of 2.
+"""
+
+import sys
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import GPTConfig
+from scale import milliseconds
+from scale.kernels import gelu, tl, triton      # or a line that says that Triton is missing
+
+
+@triton.jit
+def its_rows(experts, S: tl.constexpr, U: tl.constexpr, R: tl.constexpr):
+    """(R,) the rows of this program's token in tables of U rows an expert."""
+    r = tl.arange(0, R)
+    return tl.load(experts + tl.program_id(0) * S + r // U) * U + r % U
+
+
+@triton.jit
+def forward(x, experts, w1, b1, w2, b2, sums, out, C: tl.constexpr, S: tl.constexpr, U: tl.constexpr,
+            R: tl.constexpr, P: tl.constexpr):
+    """out (N, C): the token's experts of x (N, C), added up; sums (N, R): of their units, before GELU."""
+    token, rows = tl.program_id(0).to(tl.int64), its_rows(experts, S, U, R)
+    c, slices = tl.arange(0, P), tl.load(experts + token * S + tl.arange(0, S))
+    at = rows[:, None] * C + c[None, :]                                         # (R, P)
+    inside = (c < C)[None, :]
+    v = tl.load(x + token * C + c, mask=c < C, other=0.0).to(tl.float32)        # (P,)
+    h = tl.sum(tl.load(w1 + at, mask=inside, other=0.0) * v[None, :], 1) + tl.load(b1 + rows)
+    tl.store(sums + token * R + tl.arange(0, R), h)
+    y = tl.sum(tl.load(w2 + at, mask=inside, other=0.0) * gelu(h, False)[:, None], 0)
+    y += tl.sum(tl.load(b2 + slices[:, None] * C + c[None, :], mask=inside, other=0.0), 0)
+    tl.store(out + token * C + c, y, mask=c < C)
+
+
+@triton.jit
+def backward(g, x, experts, w1, w2, sums, dx, dw1, db1, dw2, db2, C: tl.constexpr, S: tl.constexpr,
+             U: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
+    """dx (N, C) of g (N, C), out's gradient; what the token owes its rows is added to dw1, db1, dw2 and db2."""
+    token, rows = tl.program_id(0).to(tl.int64), its_rows(experts, S, U, R)
+    c, slices = tl.arange(0, P), tl.load(experts + token * S + tl.arange(0, S))
+    at = rows[:, None] * C + c[None, :]                                         # (R, P)
+    inside = (c < C)[None, :]
+    v = tl.load(x + token * C + c, mask=c < C, other=0.0).to(tl.float32)        # (P,)
+    d = tl.load(g + token * C + c, mask=c < C, other=0.0).to(tl.float32)
+    h = tl.load(sums + token * R + tl.arange(0, R))                             # (R,)
+    dh = tl.sum(tl.load(w2 + at, mask=inside, other=0.0) * d[None, :], 1) * gelu(h, True)
+    tl.store(dx + token * C + c, tl.sum(tl.load(w1 + at, mask=inside, other=0.0) * dh[:, None], 0), mask=c < C)
+    everywhere = inside & (rows >= 0)[:, None]                                  # (R, P)
+    tl.atomic_add(dw1 + at, dh[:, None] * v[None, :], mask=everywhere, sem='relaxed')
+    tl.atomic_add(db1 + rows, dh, sem='relaxed')
+    tl.atomic_add(dw2 + at, gelu(h, False)[:, None] * d[None, :], mask=everywhere, sem='relaxed')
+    its = slices[:, None] * C + c[None, :]                                      # (S, P)
+    tl.atomic_add(db2 + its, tl.broadcast_to(d[None, :], (S, P)), mask=inside & (slices >= 0)[:, None], sem='relaxed')
+
+
+class LookedUp(torch.autograd.Function):
+    """x (N, C), experts (N, S), and the four tables of scale/hashed.Rows -> (N, C)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, experts: Tensor, *tables: Tensor):
+        assert all(table.is_contiguous() and table.dtype == torch.float32 for table in tables)
+        (N, S), C, U = experts.shape, x.shape[1], tables[1].shape[1]
+        ctx.sizes = dict(C=C, S=S, U=U, R=S * U, P=triton.next_power_of_2(C))
+        sums, out = x.new_empty(N, S * U, dtype=torch.float32), torch.empty_like(x)
+        forward[(N,)](x, experts, *tables, sums, out, **ctx.sizes, num_warps=8)
+        ctx.save_for_backward(x, experts, sums, *tables)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, experts, sums, *tables = ctx.saved_tensors
+        dx, grads = torch.empty_like(x), [torch.zeros_like(table) for table in tables]
+        backward[(len(x),)](g.contiguous(), x, experts, tables[0], tables[2], sums, dx, *grads, **ctx.sizes,
+                            num_warps=8)
+        return dx, None, *grads
+
+
+@torch.compiler.disable
+def fused(rows: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
+    """What scale/hashed.Rows computes: x (N, C) through its experts (N, S), which are added up -> (N, C)."""
+    x = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    with torch.cuda.device_of(x):
+        return LookedUp.apply(x.contiguous(), experts.contiguous(), *rows.tables())
