@@ -6,6 +6,7 @@
     capacity.py     a fixed number of places for each expert: no wait, but what finds no place is dropped
     kernels.py      the products as Triton kernels, in fp32, TF32 and bf16
     hashed.py       no router: the tokens themselves choose their experts
+    lookup.py       the experts that a token looks up, as Triton kernels
     parallel.py     experts spread over processes
     offload.py      experts kept off the device, fetched ahead of need
 

@@ -19,9 +19,9 @@ Two slices by two ids have different factors. A slice by one id has a table that
 a factor as well. Where a sequence begins, -1 stands for the ids before it.
 
 The arithmetic is the dense model's. What it costs is parameters, and time: four slices of 8 experts sort each token
-and put it back four times, and lookup copies the rows of each token and has AdamW go through all of them
-(study/RESULTS.md). What a hash draws or counts is a buffer, saved with the weights. The experts of a token are known
-as soon as it is, so they can be fetched ahead of need (scale/offload.py, for router='hash').
+and put it back four times, and lookup copies the rows of each token (scale/lookup.py does not) and has AdamW go
+through all of them (study/RESULTS.md). What a hash draws or counts is a buffer, saved with the weights. The experts of
+a token are known as soon as it is, so they can be fetched ahead of need (scale/offload.py, for router='hash').
 """
 
 import copy

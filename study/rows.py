@@ -76,12 +76,14 @@ def comparisons(rows: list[dict]) -> list[dict]:
 def tried(rows: list[dict], of: dict, arm: str) -> dict[float, float]:
     """{learning rate: validation loss} of an arm's runs with seed 0 in a comparison.
 
-    Of a scale in SHORT: in the runs of so many steps, unless several rates were run for as many as are compared.
+    Of a scale in SHORT: in the runs of so many steps, unless several rates were run for as many as are compared, or
+    these are a twin's by the clock.
     Where a rate was run from several parents, that from which most rates were run counts.
     """
     own = pick(rows, arm=arm, seed=0, **of)
     short = pick(rows, arm=arm, seed=0, **of | {'steps': SHORT.get(of['scale'], of['steps'])})
-    here = own if len({row['lr'] for row in own}) > 1 else short or own
+    clocked = own and all(row['clock'] for row in own)
+    here = own if clocked or len({row['lr'] for row in own}) > 1 else short or own
     rates = Counter(row['sha256'] for row in here)
     return {row['lr']: row['val_mean'] for row in sorted(here, key=lambda row: (rates[row['sha256']], row['sha256']))}
 

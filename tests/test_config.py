@@ -146,7 +146,8 @@ def test_every_config_is_valid_names_its_own_run_and_differs_from_another_in_wha
             ('tiny_twin', 'tiny', dict(moe_layers=())), ('tiny_no_balance', 'tiny', dict(balance_coef=0)),
             ('dense_gpt2', 'moe_gpt2', dict(moe_layers=())), ('no_balance_gpt2', 'moe_gpt2', dict(balance_coef=0)),
             ('top2_gpt2', 'moe_gpt2', dict(experts_per_token=2)),
-            ('best_gpt2', 'fast_gpt2', dict(router='lookup', moe_layers=(0,), n_experts=8192, experts_per_token=1))]:
+            ('best_gpt2', 'fast_gpt2', dict(router='lookup', moe_layers=(0,), n_experts=8192, experts_per_token=1,
+                                            dispatch='triton'))]:
         assert configs[name] == replace(configs[other], out_dir=f'out/{name}', **change)
 
 

@@ -15,11 +15,13 @@ from model import GPT, GPTConfig, sorted_loop
 from scale import example, passes
 from scale.capacity import capacity
 from scale.grouped import grouped
+from scale.hashed import Rows
 
 if no_triton := not importlib.util.find_spec('triton') and 'triton is not installed: pip install triton':
-    fused = None
+    fused = lookup = None
 else:
     import triton
+    from scale import lookup
     from scale.kernels import fused
     if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 9):
         no_triton = f"triton {triton.__version__}: before 3.9 its interpreter does not run under today's NumPy"
@@ -127,3 +129,39 @@ def test_a_run_by_triton_takes_the_steps_of_the_loop(cfg):
         train.train(c)
     loop, triton = ([row['loss'] for row in log(c)[:-1]] for c in both)
     assert len(loop) == 3 and triton == pytest.approx(loop, rel=1e-5)
+
+
+@pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
+@pytest.mark.parametrize('channels, slices, units', [(16, 8, 2), (24, 16, 1)])
+def test_the_kernels_of_looked_up_experts_are_pytorchs(channels, slices, units):
+    torch.manual_seed(0)
+    rows = Rows(GPTConfig(n_embd=channels, n_head=1), 5 * slices, units)
+    for p in rows.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    x, g = torch.randn(2, 12, channels)
+    experts = torch.randint(4, (12, slices)) + 5 * torch.arange(slices)         # many have the same, some none
+    results = []
+    for way in (rows, partial(lookup.fused, rows)):
+        y = way(x.requires_grad_(), experts)
+        results += [(y, *torch.autograd.grad(y, [x, *rows.parameters()], g))]
+    for theirs, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_dispatch_triton_looks_experts_up_by_kernels_but_not_where_the_order_of_additions_must_be_known(
+        deterministic, cfg, monkeypatch):
+    calls, kernel = [], lookup.fused
+    monkeypatch.setattr(lookup, 'fused', lambda *args: calls.append(1) or kernel(*args))
+    cfg = replace(cfg, router='lookup', experts_per_token=1, n_experts=4, max_steps=2)
+    train.train(cfg)
+    expected = runs.read_log(cfg.out_dir)[-1]['val_mean']
+    calls.clear()
+    other = replace(cfg, dispatch='triton', deterministic=deterministic, out_dir=cfg.out_dir + '2')
+    try:
+        train.train(other)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert runs.read_log(other.out_dir)[-1]['val_mean'] == pytest.approx(expected, rel=1e-5)
+    assert bool(calls) != deterministic

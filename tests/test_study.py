@@ -110,6 +110,8 @@ def test_a_best_rate_is_read_from_seed_0_and_of_gpt2_from_its_short_runs():
     gpt2.append(gpt2[2] | {'steps': 10_000, 'val_mean': 0.5})           # a long run, at another rate
     long = comparisons(gpt2)[0] | {'steps': 10_000}
     assert best_rate(tried(gpt2, long, 'a')) == (2.0, True)
+    by_clock = [*gpt2, gpt2[2] | {'steps': 11_000, 'val_mean': 0.6, 'clock': 'b'}]       # it has no other rate
+    assert tried(by_clock, long | {'steps': 11_000}, 'a') == {4.0: 0.6}
     gpt2.append(gpt2[-1] | {'lr': 1.0, 'val_mean': 0.4})                # two: now they tell
     assert best_rate(tried(gpt2, long, 'a')) == (1.0, False)
 
