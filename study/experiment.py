@@ -162,7 +162,8 @@ def arms(base: train.Config) -> dict[str, Arm]:
     everywhere = {'moe_layers': tuple(range(base.n_layer))}
     in_all = {f'{name}_all': arm._replace(change=arm.change | everywhere) for name, arm in mixtures.items()}
     first = {f'{name}_first': Arm({'moe_layers': (0,)}, kinds[name]) for name in ('sliced_ngram', 'half1223')}
-    many = {'dispatch': 'triton'} if base.dispatch == 'grouped' else {}     # that holds fewer than 1,024, and copies rows
+    # grouped products are of fewer than 1,024 experts, and looked-up rows are copied without Triton
+    many = {'dispatch': 'triton'} if base.dispatch == 'grouped' else {}
     for kind, E in ((routers.Half1223, 64), (routers.Half1223, 256), (routers.Quarter1223, 64),
                     (routers.Quarter1223, 256), (routers.Eighth1223, 256), (routers.Eighth1223, 1024)):
         change = {'moe_layers': (0,), 'n_experts': E} | (many if 4 * E >= 1024 else {})
