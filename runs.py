@@ -535,9 +535,9 @@ def set_up_model(model: GPT, cfg: GPTConfig, device: str, optimizer: dict | None
         for moe in dispatched:
             moe.dispatch = dispatch
     if cfg.dispatch == 'triton' and not torch.are_deterministic_algorithms_enabled():
+        from scale.lookup import fused as look_up
         for rows in (moe.experts[0] for moe in mixtures if not moe.dispatch):
-            from scale.lookup import fused
-            rows.forward = partial(fused, rows)
+            rows.forward = partial(look_up, rows)
     if cfg.precision != 'fp32' and device.startswith('cuda'):
         from scale.head import padded_logits
         model.unembed = partial(padded_logits, model.wte.weight)

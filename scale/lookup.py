@@ -1,9 +1,9 @@
 """The experts that a token looks up (scale/hashed.py) as two Triton kernels: their rows are read and never copied.
 
-PyTorch copies the rows of each token, so of all four tables, multiplies the copies, and sorts the ids once for each
-table's gradient. Here a program takes a token, reads its rows and writes its sum. In the backward pass it reads
-them again and adds what it owes each row to the tables' gradients. Many tokens have the same row, so these are
-atomic additions. Their order is chance, and so is the last bit.
+PyTorch copies each token's rows out of four tables and multiplies the copies. For each table's gradient it sorts the
+ids. Here a program takes a token, reads its rows and writes its sum. In the backward pass it reads them again and
+adds its part to the tables' gradients. Many tokens have the same row, so these are atomic additions. Their order is
+chance, and so is the last bit.
 
     python train.py config/best_gpt2.py         sets dispatch='triton'
     python -m scale.lookup                      beside PyTorch's, on an NVIDIA GPU
@@ -53,7 +53,7 @@ def forward(x, experts, w1, b1, w2, b2, sums, out, C: tl.constexpr, S: tl.conste
 @triton.jit
 def backward(g, x, experts, w1, w2, sums, dx, dw1, db1, dw2, db2, C: tl.constexpr, S: tl.constexpr,
              U: tl.constexpr, R: tl.constexpr, P: tl.constexpr):
-    """dx (N, C) of g (N, C), out's gradient; what the token owes its rows is added to dw1, db1, dw2 and db2."""
+    """dx (N, C) of g (N, C), out's gradient; the token's part is added to dw1, db1, dw2 and db2."""
     token, rows = tl.program_id(0).to(tl.int64), its_rows(experts, S, U, R)
     c, slices = tl.arange(0, P), tl.load(experts + token * S + tl.arange(0, S))
     at = rows[:, None] * C + c[None, :]                                         # (R, P)
@@ -74,8 +74,9 @@ class LookedUp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, experts: Tensor, *tables: Tensor):
-        assert all(table.is_contiguous() and table.dtype == torch.float32 for table in tables)
         (N, S), C, U = experts.shape, x.shape[1], tables[1].shape[1]
+        assert all(table.is_contiguous() and table.dtype == torch.float32 for table in tables), 'tables must be fp32'
+        assert all(n & (n - 1) == 0 for n in (S, U)), 'slices and hidden units of an expert must be powers of 2'
         ctx.sizes = dict(C=C, S=S, U=U, R=S * U, P=triton.next_power_of_2(C))
         sums, out = x.new_empty(N, S * U, dtype=torch.float32), torch.empty_like(x)
         forward[(N,)](x, experts, *tables, sums, out, **ctx.sizes, num_warps=8)

@@ -132,20 +132,23 @@ def test_a_run_by_triton_takes_the_steps_of_the_loop(cfg):
 
 
 @pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
+@pytest.mark.parametrize('bf16', [False, True])
 @pytest.mark.parametrize('channels, slices, units', [(16, 8, 2), (24, 16, 1)])
-def test_the_kernels_of_looked_up_experts_are_pytorchs(channels, slices, units):
+def test_the_kernels_of_looked_up_experts_are_pytorchs(channels, slices, units, bf16):
     torch.manual_seed(0)
     rows = Rows(GPTConfig(n_embd=channels, n_head=1), 5 * slices, units)
     for p in rows.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    x, g = torch.randn(2, 12, channels)
-    experts = torch.randint(4, (12, slices)) + 5 * torch.arange(slices)         # many have the same, some none
+    x, g = torch.randn(2, channels, 12).mT                                      # neither is contiguous
+    experts = (torch.randint(4, (slices, 12)) + 5 * torch.arange(slices).unsqueeze(1)).T    # many the same, some none
     results = []
     for way in (rows, partial(lookup.fused, rows)):
-        y = way(x.requires_grad_(), experts)
-        results += [(y, *torch.autograd.grad(y, [x, *rows.parameters()], g))]
-    for theirs, mine in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            y = way(x.requires_grad_(), experts)
+        results += [(y, *torch.autograd.grad(y, [x, *rows.parameters()], g.to(y.dtype)))]
+    for theirs, mine in zip(*results, strict=True):         # in bf16 PyTorch rounds the weights and each product
+        assert mine.dtype == theirs.dtype
+        assert (mine - theirs).norm() <= (2e-2 if bf16 else 1e-6) * theirs.norm()
 
 
 @pytest.mark.skipif(bool(no_triton), reason=str(no_triton))
@@ -157,7 +160,7 @@ def test_dispatch_triton_looks_experts_up_by_kernels_but_not_where_the_order_of_
     cfg = replace(cfg, router='lookup', experts_per_token=1, n_experts=4, max_steps=2)
     train.train(cfg)
     expected = runs.read_log(cfg.out_dir)[-1]['val_mean']
-    calls.clear()
+    assert not calls
     other = replace(cfg, dispatch='triton', deterministic=deterministic, out_dir=cfg.out_dir + '2')
     try:
         train.train(other)

@@ -112,6 +112,8 @@ def test_a_best_rate_is_read_from_seed_0_and_of_gpt2_from_its_short_runs():
     assert best_rate(tried(gpt2, long, 'a')) == (2.0, True)
     by_clock = [*gpt2, gpt2[2] | {'steps': 11_000, 'val_mean': 0.6, 'clock': 'b'}]       # it has no other rate
     assert tried(by_clock, long | {'steps': 11_000}, 'a') == {4.0: 0.6}
+    by_clock.append(gpt2[2] | {'steps': 11_000, 'val_mean': 0.7})       # an arm of so many steps as well
+    assert best_rate(tried(by_clock, long | {'steps': 11_000}, 'a')) == (2.0, True)
     gpt2.append(gpt2[-1] | {'lr': 1.0, 'val_mean': 0.4})                # two: now they tell
     assert best_rate(tried(gpt2, long, 'a')) == (1.0, False)
 
@@ -373,6 +375,7 @@ def test_parents_and_arms_have_the_same_dropout_and_every_arm_can_be_made():
             changed.check()
             slices = 0 if issubclass(arm.mixture, routers.Lookup) else 4                # of a dispatch
             assert changed.dispatch != 'grouped' or slices * changed.n_experts < 1024
+            assert slices or changed.dispatch == ('triton' if base.dispatch == 'grouped' else 'loop')
     assert {'top1_all', 'sliced_ngram_all', 'ngram_embedding'} <= set(experiment.arms(base))
 
 
