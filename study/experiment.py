@@ -169,7 +169,7 @@ def arms(base: train.Config) -> dict[str, Arm]:
         change = {'moe_layers': (0,), 'n_experts': E} | (many if 4 * E >= 1024 else {})
         first[f'{kind.__name__.lower()}_first{E}'] = Arm(change, kind)
     for kind, E in ((routers.Lookup2, 1024), (routers.Lookup2, 4096), (routers.Lookup2, 8192), (routers.Lookup2, 16384),
-                    (routers.Lookup1x16, 8192)):
+                    (routers.Lookup1x16, 8192), (routers.ProductKeys, 1024)):
         first[f'{kind.__name__.lower()}_first{E}'] = Arm({'moe_layers': (0,), 'n_experts': E} | many, kind)
     return ({'twin': Arm(dense)} | mixtures | in_all | first |
             {'ngram_embedding': Arm(dense, model=controls.NGramEmbedding), COUNTS: Arm(dense)})

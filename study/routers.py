@@ -5,6 +5,8 @@ of them, as train.train and runs.load_model ask for it. All start as their paren
 not), look back only, and never make the host wait for the device, so they run in a CUDA graph.
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -263,3 +265,34 @@ class Lookup2(Lookup):
 
 class Lookup1x16(Lookup):
     orders, units = (1,) * 2 + (2,) * 7 + (3,) * 7, 1
+
+
+class ProductKeys(Lookup2):
+    """The same experts, chosen by a learned router. A slice has two lists of sqrt(n_experts) keys, and the likeliest of
+    each together name its expert (arXiv 1907.05242, 2407.04153). To the balance loss each list is a slice."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.keys = math.isqrt(self.E)                              # in a list
+        self.router = nn.Linear(config.n_embd, 2 * len(self.orders) * self.keys, bias=False)
+
+    def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
+        logits, lists = self.score(x, ids), 2 * len(self.orders)
+        noisy = logits if noise is None else logits + noise * torch.randn_like(logits)
+        probs = noisy.view(len(x), lists, self.keys).softmax(dim=-1)
+        p, chosen = probs.max(dim=-1)                                                       # (N, 2G)
+        chosen = chosen + self.keys * torch.arange(lists, device=x.device)
+        return Routing(logits, probs.flatten(1) / lists, 1 + (p - p.detach()), chosen,
+                       count_pairs(chosen, lists * self.keys))
+
+    def forward(self, x: Tensor, ids: Tensor, noise: float | Tensor | None = None) -> tuple[Tensor, Routing]:
+        tokens, G = x.flatten(0, 1), len(self.orders)
+        routing = self.route(tokens, ids, noise)
+        first, second = (routing.experts % self.keys).view(-1, G, 2).unbind(dim=2)
+        experts = first * self.keys + second + self.E * torch.arange(G, device=x.device)    # (N, G)
+        w1, b1, w2, b2 = (F.embedding(experts, table) for table in self.experts[0].tables())
+        shape = *experts.shape, self.units, x.shape[2]                                      # N, G, U, C
+        hidden = F.gelu((w1.view(shape) @ tokens[:, None, :, None]).squeeze(3) + b1, approximate='tanh')
+        each = (hidden.unsqueeze(2) @ w2.view(shape)).squeeze(2) + b2                       # (N, G, C)
+        weights = routing.weights.view(-1, G, 2).prod(dim=2)                                # 1, with both gradients
+        return self.shared(x) + (weights.unsqueeze(1) @ each).view_as(x), routing

@@ -71,16 +71,17 @@ def comparisons(rows: list[dict]) -> list[dict]:
             sorted(found, key=lambda of: (of[0] != 'tiny', of[0], -of_text[of[1]], of[2] == 'longer', of))]
 
 
-# Learning rates: brackets are of seed 0
+# Learning rates: brackets are of seed 0, or of the lowest that there is
 
 def tried(rows: list[dict], of: dict, arm: str) -> dict[float, float]:
-    """{learning rate: validation loss} of an arm's runs with seed 0 in a comparison.
+    """{learning rate: validation loss} of an arm's runs with its lowest seed in a comparison.
 
     Of a scale in SHORT: in the runs of so many steps, unless several rates were run for as many as are compared, or
     these are a twin's by the clock.
     Where a rate was run from several parents, that from which most rates were run counts.
     """
-    own = pick(rows, arm=arm, seed=0, **of)
+    own = pick(rows, arm=arm, **of)
+    own = pick(own, seed=min((row['seed'] for row in own), default=0))
     short = pick(rows, arm=arm, seed=0, **of | {'steps': SHORT.get(of['scale'], of['steps'])})
     clocked = own and all(row['clock'] for row in own)
     here = own if clocked or len({row['lr'] for row in own}) > 1 else short or own
@@ -219,10 +220,11 @@ def difference_cell(result: Result) -> str:
 
 
 def rates_cell(losses: dict[float, float], result: Result) -> str:
-    """Every rate that was tried with seed 0, the best one bold."""
+    """Every rate that was tried with one seed, the best one bold."""
     cells = [f'**{rate:g}: {loss:.3f}**' if rate == result.rate else f'{rate:g}: {loss:.3f}'
              for rate, loss in sorted(losses.items())]
-    return ', '.join(cells) + ('' if result.bracketed else '; not bracketed')
+    seed = min(row['seed'] for row in result.rows)
+    return ', '.join(cells) + f' (seed {seed})' * (seed > 0) + '; not bracketed' * (not result.bracketed)
 
 
 def loss_cell(rows: list[dict]) -> str:

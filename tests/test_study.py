@@ -23,8 +23,8 @@ from model import Routing
 from prepare import get_encoding, load_data
 from study import draw, experiment, learned, routers
 from study.learned import Entropy, mutual_information, token_kinds
-from study.rows import (TIME_KEY, add_row, best_rate, comparisons, learned_line, next_rate, read_rows, results,
-                        students_t, tables, tried)
+from study.rows import (TIME_KEY, Result, add_row, best_rate, comparisons, learned_line, next_rate, rates_cell,
+                        read_rows, results, students_t, tables, tried)
 
 VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or ROOT / '../shared/tiktoken')
 
@@ -116,6 +116,12 @@ def test_a_best_rate_is_read_from_seed_0_and_of_gpt2_from_its_short_runs():
     assert best_rate(tried(by_clock, long | {'steps': 11_000}, 'a')) == (2.0, True)
     gpt2.append(gpt2[-1] | {'lr': 1.0, 'val_mean': 0.4})                # two: now they tell
     assert best_rate(tried(gpt2, long, 'a')) == (1.0, False)
+    gpt2.append(row('b', 2, 0.3, 2.0) | long)                           # without seed 0: of the lowest there is
+    gpt2.append(gpt2[-1] | {'seed': 1, 'lr': 3.0, 'val_mean': 0.4})
+    assert tried(gpt2, long, 'b') == {3.0: 0.4}
+    assert rates_cell({3.0: 0.4}, Result(3.0, False, gpt2[-1:])) == '**3: 0.400** (seed 1); not bracketed'
+    gpt2.append(gpt2[0] | {'arm': 'b'})                                 # but a short run of seed 0 tells more
+    assert tried(gpt2, long, 'b') == {1.0: 2.1}
 
 
 def test_entropy_is_noted_in_bits_per_layer_and_of_slices_is_their_mean():
