@@ -179,6 +179,7 @@ def gradients(g: Tensor, a: Tensor, order: Tensor, offsets: Tensor, precision: s
 
 
 @functools.cache
+@torch.inference_mode(False)        # what writing text keeps, training may need
 def on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """(4, E) addresses of the parameters. Copied once, since the host waits for it, and kept: a graph may read them."""
     return torch.tensor(addresses, dtype=torch.int64, device=device).view(4, -1)

@@ -24,7 +24,7 @@ from config import configure, die       # before torch: it says how threads wait
 import numpy as np
 
 import runs
-from study.rows import COMMITTED, TIME_KEY, Result, by_clock, comparisons, pick, read_rows, results
+from study.rows import COMMITTED, TIMES, Result, by_clock, comparisons, pick, read_rows, results
 
 try:
     from matplotlib import pyplot as plt
@@ -250,7 +250,7 @@ def draw(cfg: Config, folder: str = '') -> None:
     of = choose(cfg, rows)
     print('draws', ', '.join(f'{key}={value}' for key, value in of.items()))
     found, _ = results(rows, rows, of)
-    times = pick(read_rows(cfg.times, TIME_KEY), scale=of['scale'], tokens=of['tokens'])
+    times = pick(read_rows(cfg.times, TIMES), scale=of['scale'], tokens=of['tokens'])
     if 'twin' not in found:
         die(f'pictures show arms beside their twin; python -m study.experiment --scale={cfg.scale} --arms=twin runs it')
     clocked, _ = by_clock(rows, rows, times, of, found)

@@ -46,8 +46,8 @@ from prepare import load_data
 from study import bench, controls, routers
 from study.learned import Entropy, learned
 from study.packages import load_with_other
-from study.rows import (COMMITTED, COUNTS, SHORT, TIME_KEY, add_row, best_rate, next_rate, pick, ratios, read_rows,
-                        tables, tried)
+from study.rows import (COMMITTED, COUNTS, SHORT, TIME_KEY, TIMES, add_row, best_rate, next_rate, pick, ratios,
+                        read_rows, tables, tried)
 
 CORE, CORE_ROWS = 'twin,top1,top2,lookup2_first1024', 'out/experiment/core.json'
 LEARNED = {     # arms of which a row says what their mixtures chose
@@ -104,8 +104,9 @@ class Config:
     def __post_init__(self):
         if self.scale not in SCALES:
             raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {self.scale!r}')
-        if not self.seeds or self.steps < 1 or self.batch < 0 or self.parent not in ('', 'longer'):
-            raise ValueError("seeds must be at least one, steps at least 1, batch at least 0, parent longer or ''")
+        if not self.seeds or self.steps < 1 or not 0 <= self.batch < 2**16 or self.parent not in ('', 'longer'):
+            raise ValueError("seeds must be at least one, steps at least 1, batch at least 0 and below 65536, "
+                             "parent longer or ''")
         for seed in self.seeds:
             train.Config(seed=seed)             # raises for one that no run can have
         for rate in filter(None, self.rates.split(',')):
@@ -195,7 +196,7 @@ class Study:
                    'tokens': base.batch_size * base.grad_accum_steps * base.block_size}
         self.clock_steps = 0                    # of the twin by the clock
         if cfg.clock:
-            ratio = ratios(read_rows(cfg.times, TIME_KEY), self.of).get(cfg.clock)
+            ratio = ratios(read_rows(cfg.times, TIMES), self.of).get(cfg.clock)
             if not ratio:
                 die(f'{cfg.times} has no time of {cfg.clock}; add --time --arms={cfg.clock}, without --clock')
             self.clock_steps = round(base.max_steps * cfg.steps * ratio)
@@ -442,7 +443,7 @@ def print_tables(cfg: Config) -> None:
     shown = {*cfg.arms.split(',')} - {''}
     if not rows or shown and not any(row['arm'] in shown for row in rows):
         die(f'{cfg.results} holds no such rows; python -m study.experiment makes them')
-    print(tables(rows, known, read_rows(cfg.times, TIME_KEY), shown))
+    print(tables(rows, known, read_rows(cfg.times, TIMES), shown))
     for scale in sorted({row['scale'] for row in rows} if not cfg.arms else ()):
         missing = arms(base_config(scale)).keys() - {row['arm'] for row in pick(rows, scale=scale)}
         print(f'\nNot run at all, {scale}: {", ".join(sorted(missing)) or "nothing"}.')

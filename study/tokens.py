@@ -11,6 +11,7 @@ most frequent token among all those that share it.
 
 import hashlib
 import json
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,4 +73,5 @@ def write_folder(source: str, out: str, meta: dict, data: dict[str, dict[str, np
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # Ctrl-C: just leave
     main(configure(Config, sys.argv[1:])[0])

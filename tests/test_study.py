@@ -357,16 +357,19 @@ def test_a_routers_entropy_is_of_the_first_seed_in_which_it_was_measured():
     (dict(arms='twin,top3'), 'there is no arm top3'),
     (dict(table=True, results='none.json'), 'none.json holds no such rows'),
     (dict(data_dir='data/packages'), 'data/packages is not there; python -m study.packages makes it'),
-    (dict(results='damaged.json'), 'damaged.json cannot be read')])
+    (dict(results='damaged.json'), 'damaged.json cannot be read'),
+    (dict(times='rows.json', arms='twin', clock='top1'), 'rows.json cannot be read (it holds other things than rows)')])
 def test_mistakes_end_in_one_line(small, change, expected, capsys):
     Path('damaged.json').write_text('[{')
+    Path('rows.json').write_text(json.dumps([row('top1', 0, 2.0)]))              # no times
     refused(expected, capsys, experiment.main, replace(small, **change), [])
 
 
 @pytest.mark.parametrize('flag, expected', [
     ('--seeds=0,-1', 'seed must be at least 0 and below 4294967296, not -1'),
     ('--rates=1,-2', 'rates must be numbers above 0, not -2'), ('--rates=x', "could not convert string to float: 'x'"),
-    ('--parent=younger', "parent longer or ''"), ('--scale=big', 'scale must be one of tiny, tokens, tokens_code,')])
+    ('--parent=younger', "parent longer or ''"), ('--batch=65537', 'batch at least 0 and below 65536'),
+    ('--scale=big', 'scale must be one of tiny, tokens, tokens_code,')])
 def test_a_flag_that_no_run_can_have_is_refused_before_any_run(flag, expected, capsys):
     refused(expected, capsys, configure, experiment.Config, [flag])
 
