@@ -63,7 +63,7 @@ def label_ends(axis: 'plt.Axes', ends: list[tuple[float, float, str, str]]) -> N
     """Writes (x, y, text, colour) to the right of lines' ends, moved apart where they would overlap."""
     (left, right), (low, high), placed = axis.get_xlim(), axis.get_ylim(), []
     for x, y, text, colour in sorted(ends, key=lambda end: end[1]):
-        near = [at for other, at in placed if abs(x - other) < 0.2 * (right - left)]
+        near = [at for other, at in placed if abs(x - other) < 0.25 * (right - left)]
         at = max([y, *(each + 0.055 * (high - low) for each in near)])
         placed.append((x, at))
         axis.annotate(text, (x, y), (6, (at - y) / (high - low) * axis.bbox.height * 72 / axis.figure.dpi),

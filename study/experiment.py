@@ -277,6 +277,7 @@ class Study:
 
     def time(self, names: list[str]) -> None:
         """Adds the ms per step of each arm to --times, the twin beside it: the two take turns."""
+        read_rows(self.cfg.times, TIMES)        # dies if it is a file of something else
         base = replace(self.base, init_from=self.parent(0))
         for name in names:
             if self.stop:

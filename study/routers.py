@@ -268,12 +268,13 @@ class Lookup1x16(Lookup):
 
 
 class ProductKeys(Lookup2):
-    """The same experts, chosen by a learned router. A slice has two lists of sqrt(n_experts) keys, and the likeliest of
-    each together name its expert (arXiv 1907.05242, 2407.04153). To the balance loss each list is a slice."""
+    """Lookup2's experts, chosen by a learned router. A slice has two lists of sqrt(n_experts) keys, and the likeliest
+    of each together name its expert (arXiv 1907.05242, 2407.04153). To the balance loss each list is a slice."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.keys = math.isqrt(self.E)                              # in a list
+        assert self.keys ** 2 == self.E, 'n_experts must be a square'
         self.router = nn.Linear(config.n_embd, 2 * len(self.orders) * self.keys, bias=False)
 
     def route(self, x: Tensor, ids: Tensor, noise: float | Tensor | None) -> Routing:
@@ -294,5 +295,5 @@ class ProductKeys(Lookup2):
         shape = *experts.shape, self.units, x.shape[2]                                      # N, G, U, C
         hidden = F.gelu((w1.view(shape) @ tokens[:, None, :, None]).squeeze(3) + b1, approximate='tanh')
         each = (hidden.unsqueeze(2) @ w2.view(shape)).squeeze(2) + b2                       # (N, G, C)
-        weights = routing.weights.view(-1, G, 2).prod(dim=2)                                # 1, with both gradients
+        weights = routing.weights.view(-1, G, 2).prod(dim=2)                                # 1, and p's gradients
         return self.shared(x) + (weights.unsqueeze(1) @ each).view_as(x), routing

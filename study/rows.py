@@ -221,11 +221,10 @@ def difference_cell(result: Result) -> str:
 
 
 def rates_cell(losses: dict[float, float], result: Result) -> str:
-    """Every rate that was tried with one seed, the best one bold."""
+    """Every rate that was tried with the lowest seed, the best one bold."""
     cells = [f'**{rate:g}: {loss:.3f}**' if rate == result.rate else f'{rate:g}: {loss:.3f}'
              for rate, loss in sorted(losses.items())]
-    seed = min(row['seed'] for row in result.rows)
-    return ', '.join(cells) + f' (seed {seed})' * (seed > 0) + '; not bracketed' * (not result.bracketed)
+    return ', '.join(cells) + ('' if result.bracketed else '; not bracketed')
 
 
 def loss_cell(rows: list[dict]) -> str:
@@ -288,7 +287,7 @@ def tables(rows: list[dict], known: list[dict], times: list[dict], shown: Collec
                   f' Rates are those of {short:,} steps; of an arm with several at this length, those.' *
                   (short != of['steps'])]
         parts.append(markdown(
-            ['arm', 'rate: loss, seed 0', 'loss at the best rate', 'to the twin; per seed',
+            ['arm', 'rate: loss, lowest seed', 'loss at the best rate', 'to the twin; per seed',
              'M parameters: active of all; a step, x twin'],
             [[name, rates_cell(tried(known, of, name), r), loss_cell(r.rows),
               '' if name == 'twin' else difference_cell(r), cost_cell(name, r.rows[0], times)]
@@ -298,7 +297,7 @@ def tables(rows: list[dict], known: list[dict], times: list[dict], shown: Collec
         if clocked:
             parts += ['By the clock, beside the twin with as many steps as the arm takes time. Intervals: '
                       f'{clock_rests_on}.',
-                      markdown(['arm', "the twin's steps", 'its rates: loss, seed 0', 'its loss',
+                      markdown(['arm', "the twin's steps", 'its rates: loss, lowest seed', 'its loss',
                                 "the arm's loss less it; per seed"],
                                [[name, f'{r.rows[0]["steps"]:,}',
                                  rates_cell(tried(known, of | {'steps': r.rows[0]['steps']}, 'twin'), r),

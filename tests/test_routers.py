@@ -421,26 +421,30 @@ def test_a_token_looks_up_an_expert_of_each_slice_which_is_an_mlp_keyed_by_its_l
 
 
 def test_of_two_lists_of_keys_the_likeliest_name_an_expert_and_learn_from_its_output():
-    config = replace(SHAPE, n_experts=9)
+    config = replace(SHAPE, n_experts=16)
     torch.manual_seed(0)
     moe, x, up = routers.ProductKeys(config).double(), torch.randn(30, 16).double(), torch.randn(30, 16).double()
     shaken(moe)
     y, routing = moe(x.view(1, 30, 16), None)
     by_hand, expected = [], moe.shared(x)
-    for g, keys in enumerate(moe.router.weight.view(8, 2, 3, 16)):
-        probs = (x @ keys.transpose(1, 2)).softmax(dim=2)                       # (2, 30, 3)
+    for g, keys in enumerate(moe.router.weight.view(8, 2, 4, 16)):
+        probs = (x @ keys.transpose(1, 2)).softmax(dim=2)                       # (2, 30, 4)
+        torch.testing.assert_close(routing.probs.view(30, 8, 2, 4)[:, g].transpose(0, 1), probs / 16)
         p, (first, second) = probs.max(dim=2)
-        w1, b1, w2, b2 = (table[9 * g + 3 * first + second] for table in moe.experts[0].tables())
+        w1, b1, w2, b2 = (table[16 * g + 4 * first + second] for table in moe.experts[0].tables())
         hidden = torch.einsum('nuc,nc->nu', w1.view(30, 2, 16), x) + b1
         out = torch.einsum('nu,nuc->nc', F.gelu(hidden, approximate='tanh'), w2.view(30, 2, 16)) + b2
         expected = expected + out
         by_hand.append((p.sum(dim=0) * (out * up).sum(dim=1).detach()).sum())
-        assert routing.counts.view(8, 2, 3)[g].tolist() == [torch.bincount(e, minlength=3).tolist()
+        assert routing.counts.view(8, 2, 4)[g].tolist() == [torch.bincount(e, minlength=4).tolist()
                                                             for e in (first, second)]
     torch.testing.assert_close(y[0], expected, rtol=0, atol=1e-12)
     gradient, = torch.autograd.grad((y[0] * up).sum(), moe.router.weight)
     torch.testing.assert_close(gradient, *torch.autograd.grad(sum(by_hand), moe.router.weight), rtol=0, atol=1e-12)
-    torch.testing.assert_close(routing.probs.sum(dim=1), torch.ones(30).double())
+    torch.testing.assert_close(routing.logits, x @ moe.router.weight.T)
+    assert torch.autograd.grad(load_balance_loss(moe.route(x, None, None)), moe.router.weight)[0].any()
+    noisy = moe.route(x, None, 5.0)
+    assert torch.equal(noisy.logits, routing.logits) and not torch.equal(noisy.experts, routing.experts)
 
 
 def test_looked_up_experts_begin_with_the_noise_that_is_asked_for():

@@ -23,8 +23,8 @@ from model import Routing
 from prepare import get_encoding, load_data
 from study import draw, experiment, learned, routers
 from study.learned import Entropy, mutual_information, token_kinds
-from study.rows import (TIME_KEY, Result, add_row, best_rate, comparisons, learned_line, next_rate, rates_cell,
-                        read_rows, results, students_t, tables, tried)
+from study.rows import (TIME_KEY, add_row, best_rate, comparisons, learned_line, next_rate, read_rows,
+                        results, students_t, tables, tried)
 
 VOCABULARY = Path(os.environ.get('TIKTOKEN_CACHE_DIR') or ROOT / '../shared/tiktoken')
 
@@ -106,7 +106,7 @@ def test_a_best_rate_is_read_from_seed_0_and_of_gpt2_from_its_short_runs():
     others = [row('a', 0, 1.5, 4.0, 'z'), row('a', 0, 2.3, 0.5, '0')]      # of parents with fewer rates
     for every in (rows + others, others + rows):
         assert tried(every, of, 'a') == {0.5: 2.3, 1.0: 2.1, 2.0: 2.0, 4.0: 2.2}
-    gpt2 = [each | {'scale': 'gpt2', 'steps': 2000} for each in rows[:3]]
+    gpt2 = [each | {'scale': 'gpt2', 'steps': 2000} for each in rows]
     gpt2.append(gpt2[2] | {'steps': 10_000, 'val_mean': 0.5})           # a long run, at another rate
     long = comparisons(gpt2)[0] | {'steps': 10_000}
     assert best_rate(tried(gpt2, long, 'a')) == (2.0, True)
@@ -119,7 +119,6 @@ def test_a_best_rate_is_read_from_seed_0_and_of_gpt2_from_its_short_runs():
     gpt2.append(row('b', 2, 0.3, 2.0) | long)                           # without seed 0: of the lowest there is
     gpt2.append(gpt2[-1] | {'seed': 1, 'lr': 3.0, 'val_mean': 0.4})
     assert tried(gpt2, long, 'b') == {3.0: 0.4}
-    assert rates_cell({3.0: 0.4}, Result(3.0, False, gpt2[-1:])) == '**3: 0.400** (seed 1); not bracketed'
     gpt2.append(gpt2[0] | {'arm': 'b'})                                 # but a short run of seed 0 tells more
     assert tried(gpt2, long, 'b') == {1.0: 2.1}
 
@@ -256,6 +255,8 @@ def test_an_arms_rates_begin_at_its_twins_best(small, monkeypatch):
 def test_time_gives_the_twin_by_the_clock_its_steps_and_the_table_both_differences(small, capsys):
     one = replace(small, seeds=(0,), rates='1')
     experiment.main(one, [])
+    wrong = replace(one, table=True, times='r.json')
+    refused('r.json cannot be read (it holds other things than rows)', capsys, experiment.main, wrong, [])
     refused('no time of top1', capsys, experiment.main, replace(one, arms='twin', clock='top1'), [])
     experiment.main(replace(one, time=True, arms='top1'), [])
     (time,) = read_rows('t.json', TIME_KEY)
@@ -358,7 +359,8 @@ def test_a_routers_entropy_is_of_the_first_seed_in_which_it_was_measured():
     (dict(table=True, results='none.json'), 'none.json holds no such rows'),
     (dict(data_dir='data/packages'), 'data/packages is not there; python -m study.packages makes it'),
     (dict(results='damaged.json'), 'damaged.json cannot be read'),
-    (dict(times='rows.json', arms='twin', clock='top1'), 'rows.json cannot be read (it holds other things than rows)')])
+    *((dict(times='rows.json') | change, 'rows.json cannot be read (it holds other things than rows)')
+      for change in (dict(arms='twin', clock='top1'), dict(arms='top1', time=True)))])
 def test_mistakes_end_in_one_line(small, change, expected, capsys):
     Path('damaged.json').write_text('[{')
     Path('rows.json').write_text(json.dumps([row('top1', 0, 2.0)]))              # no times
@@ -421,6 +423,7 @@ def test_pictures_are_drawn_from_the_rows(tmp_path, monkeypatch, capsys):
     draw.draw(cfg)
     assert first == [Path(f'assets/tiny_{name}.svg').read_bytes() for name in names]   # to the last byte
     refused("holds no rows of {'scale': 'gpt2'", capsys, draw.draw, replace(cfg, scale='gpt2'))
+    refused('r.json cannot be read', capsys, draw.draw, replace(cfg, times='r.json'))
     Path('r.json').write_text(json.dumps([*rows, rows[0] | {'data': 'e'}]))
     draw.draw(cfg)
     assert 'data=d' in capsys.readouterr().out              # it has more arms
