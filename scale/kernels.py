@@ -17,8 +17,7 @@ Each kernel does in one go what PyTorch does in several steps:
     weight_gradient    gather two sets of rows and multiply them, expert by expert; add up the bias's gradient
 
 A gather reads row order[i] // k in place of row i, a scatter writes row order[i]. No number is added up by two
-programs, so the same input and the same tiles give the same bits. Each token's weighted sum is left to PyTorch,
-since the router's gradient needs the outputs before they are weighted.
+programs, so equal input and tiles give equal bits. The weighted sum is PyTorch's: its gradient needs each output.
 
     python train.py config/moe_gpt2.py --dispatch=triton --cuda_graph=True
     python -m scale.kernels
@@ -179,7 +178,7 @@ def gradients(g: Tensor, a: Tensor, order: Tensor, offsets: Tensor, precision: s
 
 
 @functools.cache
-@torch.inference_mode(False)        # what writing text keeps, training may need
+@torch.inference_mode(False)        # what is kept while a model writes text may be needed to train it
 def on_device(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     """(4, E) addresses of the parameters. Copied once, since the host waits for it, and kept: a graph may read them."""
     return torch.tensor(addresses, dtype=torch.int64, device=device).view(4, -1)

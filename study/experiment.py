@@ -104,14 +104,19 @@ class Config:
     def __post_init__(self):
         if self.scale not in SCALES:
             raise ValueError(f'scale must be one of {", ".join(SCALES)}, not {self.scale!r}')
-        if not self.seeds or self.steps < 1 or not 0 <= self.batch < 2**16 or self.parent not in ('', 'longer'):
-            raise ValueError("seeds must be at least one, steps at least 1, batch at least 0 and below 65536, "
-                             "parent longer or ''")
+        if not self.seeds or self.steps < 1 or self.batch < 0 or self.parent not in ('', 'longer'):
+            raise ValueError("seeds must be at least one, steps at least 1, batch at least 0, parent longer or ''")
+        train.Config(**self.split())            # as the next: raises for what no run can have
         for seed in self.seeds:
-            train.Config(seed=seed)             # raises for one that no run can have
+            train.Config(seed=seed)
         for rate in filter(None, self.rates.split(',')):
             if not 0 < float(rate) < math.inf:
                 raise ValueError(f'rates must be numbers above 0, not {rate}')
+
+    def split(self) -> dict[str, int]:
+        """batch as train.py's keys, none if it is 0: more than 32 sequences in micro-batches of at most 32."""
+        size = math.gcd(self.batch, 32) if self.batch > 32 else self.batch
+        return {'batch_size': size, 'grad_accum_steps': self.batch // size} if size else {}
 
 
 def base_config(scale: str) -> train.Config:
@@ -163,7 +168,7 @@ def arms(base: train.Config) -> dict[str, Arm]:
     everywhere = {'moe_layers': tuple(range(base.n_layer))}
     in_all = {f'{name}_all': arm._replace(change=arm.change | everywhere) for name, arm in mixtures.items()}
     first = {f'{name}_first': Arm({'moe_layers': (0,)}, kinds[name]) for name in ('sliced_ngram', 'half1223')}
-    # grouped products are of fewer than 1,024 experts, and looked-up rows are copied without Triton
+    # grouped products are of fewer than 1,024 experts, and without Triton looked-up rows are copied
     many = {'dispatch': 'triton'} if base.dispatch == 'grouped' else {}
     for kind, E in ((routers.Half1223, 64), (routers.Half1223, 256), (routers.Quarter1223, 64),
                     (routers.Quarter1223, 256), (routers.Eighth1223, 256), (routers.Eighth1223, 1024)):
@@ -182,10 +187,7 @@ class Study:
     """A comparison as the command line names it, and what runs it. Raises runs.Stopped."""
 
     def __init__(self, cfg: Config, stop: list[int]):
-        self.cfg, self.stop, base = cfg, stop, base_config(cfg.scale)
-        if cfg.batch:                           # more than 32 sequences in micro-batches of 32, of every arm
-            size = math.gcd(cfg.batch, 32) if cfg.batch > 32 else cfg.batch
-            base = replace(base, batch_size=size, grad_accum_steps=cfg.batch // size)
+        self.cfg, self.stop, base = cfg, stop, replace(base_config(cfg.scale), **cfg.split())
         self.base = replace(base, data_dir=cfg.data_dir or base.data_dir)
         self.arms = arms(base)
         made_by = MADE_BY.get(self.base.data_dir)

@@ -22,7 +22,7 @@ COMMITTED = 'study/results.json'        # the rows by which best rates are known
 COMPARISON = 'scale', 'data', 'parent', 'tokens', 'steps'
 KEY = *COMPARISON, 'arm', 'lr', 'seed'
 TIME_KEY = 'scale', 'tokens', 'arm'     # of the ms per step
-TIMES = *TIME_KEY, 'ms', 'twin_ms'      # what they hold
+TIMES = *TIME_KEY, 'ms', 'twin_ms'      # what each row of them has
 # the steps for which these scales' rates are bracketed: see tried
 SHORT = dict.fromkeys(('gpt2', 'gpt2_domains', 'gpt2_code'), 2000)
 COUNTS = 'ngram_model'                  # an arm that counts and does not train

@@ -370,7 +370,8 @@ def test_mistakes_end_in_one_line(small, change, expected, capsys):
 @pytest.mark.parametrize('flag, expected', [
     ('--seeds=0,-1', 'seed must be at least 0 and below 4294967296, not -1'),
     ('--rates=1,-2', 'rates must be numbers above 0, not -2'), ('--rates=x', "could not convert string to float: 'x'"),
-    ('--parent=younger', "parent longer or ''"), ('--batch=65537', 'batch at least 0 and below 65536'),
+    ('--parent=younger', "parent longer or ''"),
+    ('--batch=65537', 'grad_accum_steps must be at least 1 and below 65536, not 65537'),
     ('--scale=big', 'scale must be one of tiny, tokens, tokens_code,')])
 def test_a_flag_that_no_run_can_have_is_refused_before_any_run(flag, expected, capsys):
     refused(expected, capsys, configure, experiment.Config, [flag])
